@@ -4,7 +4,7 @@
     python eval.py --run runs/train_lts/refcoco/base_s0 --split val testA testB --report
     python eval.py --run RUN --dataset refcoco+ --split val           on another prepared corpus
     python eval.py --run RUN --image photo.jpg --text "the red bus on the left" --out out.png
-    torchrun --nproc_per_node 4 eval.py --split val                   the same scores, sooner
+    torchrun --nproc_per_node 4 -- eval.py --run RUN --split val      the same scores, sooner (mind the lone --)
 
 Scores are taken in the original frame over every sentence (common/metrics.py defines them) and written to
 <run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it. The checkpoint names the
@@ -119,7 +119,7 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
                                      args.protocol, args.limit, on_batch=writer)
     used = {key: getattr(args, key) for key in ("protocol", "threshold", "limit", "shuffle_expressions", "amp")}
     summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | {"step": state["step"]})
-    if state.get("leaky"):
+    if getattr(settings, "leaky_init", False):
         summary["warning"] = "the backbone's weights were trained on images of the validation and test splits"
     if ranks.main:
         write_text(base.with_suffix(".json"), json.dumps(summary, indent=1))
@@ -168,25 +168,21 @@ def write_report(args, path, script, settings, model, device, scored):
     losses = [name for name in (records[0] if records else {}) if name not in
               ("step", "epoch", "seconds", "lr", "grad", "GB")]
     curves = {
-        "Training losses": {"x": "step", "y": "loss", "series": {
+        "Training losses": {"x": "step", "y": "loss", "log": True, "series": {
             name: [(r["step"], r[name]) for r in records if name in r] for name in losses}},
         "Validation": {"x": "step", "y": "percent", "series": {
             name: [(r["step"], r[f"val_{name}"]) for r in records if f"val_{name}" in r] for name in ("mIoU", "oIoU")}},
         "Learning rate": {"x": "step", "y": "lr", "series": {"lr": [(r["step"], r["lr"]) for r in records if "lr" in r]}},
     }
     curves = {title: curve for title, curve in curves.items() if any(curve["series"].values())}
-    shown = {key: value for key, value in vars(settings).items()}
     environment = path.parent / "env.txt"
-    notes = environment.read_text(encoding="utf-8").splitlines() if environment.is_file() else []
+    made = environment.read_text(encoding="utf-8") if environment.is_file() else ""
+    warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}
     target = path.parent / "report.html"
-    pictures.report(target, title=f"{state_title(settings, path)}", settings=shown,
-                    summary=[summary for summary, _, _ in scored], curves=curves, cases=cases, notes=notes)
+    pictures.report(target, title=f"{script.__name__}: {path.parent.name} on {settings.dataset}", settings=vars(settings),
+                    summary=[summary for summary, _, _ in scored], curves=curves, cases=cases, notes=sorted(warnings),
+                    command=made)
     print(f"report: {target}")
-
-
-def state_title(settings, path):
-    """The run's name as its folder tells it."""
-    return f"{path.parent.name} on {settings.dataset}"
 
 
 def choose_cases(rows):
@@ -212,7 +208,8 @@ def render_cases(script, model, device, dataset, chosen, threshold):
             n = int(np.flatnonzero(batch.index == row["index"])[0])
             output = metrics.predict(model, batch)
             panels = panels_of(dataset.picture(image), batch.frames[0], output, n, threshold)
-            panels.insert(1, ("truth", pictures.overlay(panels[0][1], sample["masks"][n].numpy())))
+            panels.insert(1, ("truth", pictures.overlay(panels[0][1], sample["masks"][n].numpy(),
+                                                       pictures.TRUTH)))
             cases.append({"group": group, "split": dataset.split, "text": dataset.texts[row["index"]],
                           "kind": row["kind"], "iou": float(metrics.iou(np.int64(row["I"]), np.int64(row["U"]))),
                           "panels": panels, **{key: row[key] for key in ("I", "U", "sent_id", "ref_id", "image_id")}})

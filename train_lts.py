@@ -28,22 +28,23 @@ Where the paper is silent
                 convolution reads the mask from F_m3; without segmentation the heat map is the mask and L_loc the loss.
   epoch         visits every object once with one of its sentences drawn (MCN); `--epoch-unit expression` all sentences.
 """
+import math
 import signal
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, data, distributed, metrics, runlog
-from common.backbones import Darknet53, ResNet, Small
+from common.backbones import Darknet53, ResNet, Small, load_weights
 from common.config import UserError, base_parser, parse, run
 from common.language import BiGRU, mean_over_words
 from common.layers import ConvNormAct, normalise, sine_positions
 from common.text import Vocabulary
+from data_prep.glove import load_words
 
 # ---- settings -----------------------------------------------------------------------------------------------
 
@@ -121,7 +122,10 @@ class LTS(nn.Module):
         self.visual1 = ConvNormAct(channels[32], args.dim, 1)     # g(F_v1 W_v1), Eq. 5
         self.visual2 = ConvNormAct(channels[16], half, 1)         # g(F_v2 W_v2), Eq. 7
         self.visual3 = ConvNormAct(channels[8], half, 1)          # g(F_v3 W_v3), Eq. 7
-        self.textual = nn.Linear(args.text_dim, args.dim)      # W_t, Eq. 5
+        if args.fusion:
+            self.textual = nn.Linear(args.text_dim, args.dim)  # W_t, Eq. 5
+        elif not args.filter:
+            raise UserError("--no-fusion --no-filter leaves the sentence no way into the model.")
         self.merge1 = ConvNormAct(args.dim, half, 1)              # g(F_m1 W_m1), Eq. 7
         self.merge2 = ConvNormAct(args.dim, half, 1)              # g(F_m2 W_m2), Eq. 7
         maps = 0
@@ -196,7 +200,7 @@ class FilterLocator(nn.Module):
         self.serial, self.by_word = chain == "serial", by_word
         for kernel in self.kernels:
             kernel.weight.data /= dim ** 0.5  # H_mask starts of order one whatever d_k is
-        self.bias = nn.Parameter(torch.zeros(filters))
+        self.bias = nn.Parameter(torch.zeros(filters))  # beside Eq. 8: lets the rare foreground start low
         if by_word:
             self.scale = nn.Parameter(torch.ones(filters))
 
@@ -336,12 +340,12 @@ def learning_rate(args, step, steps, steps_per_epoch):
     rise = min(1.0, (step + 1) / args.warmup_steps) if args.warmup_steps else 1.0
     if args.schedule == "cosine":
         done = max(0, step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-        return args.lr * rise * 0.5 * (1 + np.cos(np.pi * done))
+        return args.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
     return args.lr * rise * (0.1 if step >= args.lr_drop * steps_per_epoch else 1.0)               # Sec. 4.1
 
 
-def train(args, ranks, folder, model, vocabulary, train_set, val_set):
-    """The loop: from `last.pt`, or from nothing, to the last step. Leaves last.pt, prev.pt, best.pt and log.jsonl."""
+def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
+    """The loop, from `state` (a checkpoint, or None) to the last step. Leaves last.pt, prev.pt, best.pt and log.jsonl."""
     model = model.to(ranks.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -354,9 +358,7 @@ def train(args, ranks, folder, model, vocabulary, train_set, val_set):
     steps_per_epoch = len(plan(0))
     steps = min(args.max_steps or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
     step, best = 0, {"mIoU": -1.0, "step": 0}
-    state = checkpoint.load_newest(folder, device=ranks.device) if args.resume else None
     if state:
-        check_same_run(state, args, folder)
         checkpoint.load_model(model, state, folder / "last.pt")
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -402,7 +404,7 @@ def train(args, ranks, folder, model, vocabulary, train_set, val_set):
                 shared = torch.stack([*sums.values(), torch.tensor(float(stopping()), device=ranks.device)]).double()
                 *values, stop = distributed.total(ranks, shared).tolist()
                 losses = {name: value / sentences for name, value in zip(sums, values)}
-                if not np.isfinite(sum(values)):
+                if not math.isfinite(sum(values)):
                     images = [int(train_set.image_ids[key[1]]) for key in keys]
                     raise UserError(f"the loss is not finite at step {step + 1} ({losses}), on images {images}; lower --lr or "
                                     f"set --clip, then go on from the last checkpoint in {folder} with --resume.")
@@ -491,12 +493,16 @@ def main(argv=None):
             distributed.barrier(ranks)
         torch.manual_seed(args.seed)
         folder = runlog.run_folder(args, Path(__file__).stem)
+        state = checkpoint.load_newest(folder) if args.resume else None
+        if state:
+            check_same_run(state, args, folder)
         if ranks.main:
             runlog.open_folder(folder, args, __file__)
             print(f"run folder {folder}", flush=True)
         distributed.barrier(ranks)
 
-        known, vectors = data.read_words(args.data_root, args.dataset) if args.embeddings == "glove" else ([], None)
+        glove = Path(args.data_root) / args.dataset / "words.npz"
+        known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
         train_path = data.split_path(args.data_root, args.dataset, "train")
         train_set = data.RefDataset(train_path, None, None, make_targets, args.flip, args.seed)
         vocabulary = Vocabulary.build(train_set.texts, known)
@@ -505,11 +511,10 @@ def main(argv=None):
 
         model = build_model(args, vocabulary)
         if args.weights != "none":
-            from common.backbones import load_weights
-            load_weights(model.backbone, args.weights, args.leaky_init)
+            args.leaky_init = load_weights(model.backbone, args.weights, args.leaky_init)["leaky"]
         if vectors is not None:
             model.language.load_vectors(vocabulary, known, vectors)
-        train(args, ranks, folder, model, vocabulary, train_set, val_set)
+        train(args, ranks, folder, state, model, vocabulary, train_set, val_set)
 
         from eval import main as evaluate_run  # the same program that a user runs afterwards
         evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device], ranks)

@@ -314,12 +314,12 @@ class ViT(nn.Module):
     @property
     def mean(self):
         """Mean of the pixel normalisation, of 0..1 RGB."""
-        return tuple(self.pixels[0].tolist())
+        return tuple(round(value, 6) for value in self.pixels[0].tolist())
 
     @property
     def std(self):
         """Standard deviation of the pixel normalisation, of 0..1 RGB."""
-        return tuple(self.pixels[1].tolist())
+        return tuple(round(value, 6) for value in self.pixels[1].tolist())
 
     def forward(self, images):
         """images (B,3,H,W), normalised -> patch features (B, N, dim) after the final norm, rows of the grid in turn.
@@ -401,7 +401,8 @@ def load_augreg_npz(path):
             parts = ("query", "key", "value")
             state[f"{ours}.attn.qkv.weight"] = torch.cat(
                 [take(f"{attention}/{part}/kernel", 1, 0, shape=(dim, dim)) for part in parts])
-            state[f"{ours}.attn.qkv.bias"] = torch.cat([take(f"{attention}/{part}/bias", shape=(dim,)) for part in parts])
+            state[f"{ours}.attn.qkv.bias"] = torch.cat(
+                [take(f"{attention}/{part}/bias", shape=(dim,)) for part in parts])
             state[f"{ours}.attn.proj.weight"] = take(f"{attention}/out/kernel", 1, 0, shape=(dim, dim))
             state[f"{ours}.attn.proj.bias"] = take(f"{attention}/out/bias")
             norm(f"{theirs}/LayerNorm_2", f"{ours}.norm2")
@@ -439,18 +440,18 @@ def _read_npz(path):
 class Swin(nn.Module):
     """torchvision's Swin Transformer (Liu et al., 2021), the four stages' outputs, under torchvision's key names.
 
-    variant: t, s or b. The stages' outputs are not normalised; drop_path: stochastic depth of the last block.
+    variant: t, s or b, each with its own stochastic depth. The stages' outputs are not normalised.
     """
     kind = "swin"
     strides = (4, 8, 16, 32)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, variant="b", drop_path=0.2):
+    def __init__(self, variant="b"):
         super().__init__()
         if variant not in ("t", "s", "b"):
             raise ValueError(f"Swin has the variants t, s and b, not {variant!r}")
         self.config = {"variant": variant}
-        whole = getattr(torchvision.models, f"swin_{variant}")(weights=None, stochastic_depth_prob=drop_path)
+        whole = getattr(torchvision.models, f"swin_{variant}")(weights=None)
         self.features = whole.features
         width = whole.features[0][0].out_channels
         self.channels = {stride: width * stride // 4 for stride in self.strides}
@@ -502,8 +503,8 @@ def load_weights(model, path, leaky_init=False):
         if key != "image_size" and data["config"].get(key) != value:
             raise UserError(f"{path} was made for {key}={data['config'].get(key)}, the model has {key}={value}.")
     if data["leaky"] and not leaky_init:
-        raise UserError(f"{path} was trained on images of RefCOCO's val and test splits; say --leaky-init to start from "
-                        "it all the same, and every result will be marked.")
+        raise UserError(f"{path} was trained on images of RefCOCO's val and test splits; say --leaky-init to start "
+                        "from it all the same, and every result will be marked.")
     try:
         loader = getattr(model, "load_timm", None) or getattr(model, "load_hf", None)
         loader(data["state"]) if loader else load_exactly(model, data["state"])
@@ -542,7 +543,7 @@ def read_converted(path):
 def _some(names, limit=6):
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
+    return ", ".join(str(name)[:80] for name in names[:limit]) + more
 
 
 def _first_line(error):

@@ -33,7 +33,7 @@ class BiGRU(nn.Module):
         vectors = torch.as_tensor(vectors, dtype=self.embedding.weight.dtype)
         width = self.embedding.embedding_dim
         if vectors.shape != (len(words), width):
-            raise UserError(f"the word vectors are {tuple(vectors.shape)}; {len(words)} words need {width} numbers each.")
+            raise UserError(f"word vectors are {tuple(vectors.shape)}; {len(words)} words need {width} numbers each.")
         rows = [(vocabulary.ids[word], i) for i, word in enumerate(words) if word in vocabulary.ids]
         if rows:
             ours, theirs = map(list, zip(*rows))
@@ -47,7 +47,8 @@ class BiGRU(nn.Module):
         """
         mask = ids != 0
         lengths = mask.sum(1).clamp(min=1).cpu()  # a row of padding alone is read as one word and masked below
-        packed = pack_padded_sequence(self.dropout(self.embedding(ids)), lengths, batch_first=True, enforce_sorted=False)
+        embedded = self.dropout(self.embedding(ids))
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=ids.shape[1])
         return states * mask[..., None], mask
 
@@ -97,7 +98,8 @@ class Bert(nn.Module):
     """
     kind = "bert"
 
-    def __init__(self, layers=12, hidden=768, heads=12, intermediate=3072, vocab_size=30522, positions=512, dropout=0.1):
+    def __init__(self, layers=12, hidden=768, heads=12, intermediate=3072, vocab_size=30522, positions=512,
+                 dropout=0.1):
         super().__init__()
         self.config = {"layers": layers, "hidden": hidden, "heads": heads, "intermediate": intermediate,
                        "vocab_size": vocab_size, "positions": positions}
@@ -121,8 +123,8 @@ class Bert(nn.Module):
         States at padding are meaningless, but finite even where a row is padding alone.
         """
         table = self.embeddings
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x = table["word_embeddings"](ids) + table["token_type_embeddings"].weight[0] + table["position_embeddings"](positions)
+        x = table["word_embeddings"](ids) + table["token_type_embeddings"].weight[0]
+        x = x + table["position_embeddings"].weight[:ids.shape[1]]
         x = self.dropout(table["LayerNorm"](x))
         visible = attention_mask.bool()
         visible = (visible | ~visible.any(1, keepdim=True))[:, None, None]  # softmax over nothing would be NaN

@@ -1,4 +1,4 @@
-"""Blocks that no paper claims: convolution with GroupNorm, MLP, position encodings, stochastic depth.
+"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth.
 
 GroupNorm (Wu & He, 2018) instead of BatchNorm, so that a sample's result never depends on its batch.
 """
@@ -11,7 +11,7 @@ from torch import nn
 class ConvNormAct(nn.Sequential):
     """Convolution without bias, GroupNorm, LeakyReLU(0.1): (B, in, H, W) -> (B, out, ceil(H/stride), ceil(W/stride)).
 
-    groups: of the GroupNorm; the largest divisor of `out_channels` up to it is taken. act=False leaves the LeakyReLU out.
+    groups: of the GroupNorm; the largest divisor of `out_channels` up to it is taken. act=False: no LeakyReLU.
     """
 
     def __init__(self, in_channels, out_channels, kernel=3, stride=1, dilation=1, groups=8, act=True):
@@ -19,16 +19,6 @@ class ConvNormAct(nn.Sequential):
         layers = [nn.Conv2d(in_channels, out_channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False),
                   nn.GroupNorm(groups, out_channels)]
         super().__init__(*layers, *([nn.LeakyReLU(0.1, inplace=True)] if act else []))
-
-
-class MLP(nn.Sequential):
-    """Linear layers with `activation` between them: MLP([256, 256, 1]) maps (..., 256) -> (..., 1)."""
-
-    def __init__(self, sizes, activation=nn.ReLU):
-        layers = [nn.Linear(sizes[0], sizes[1])]
-        for before, after in zip(sizes[1:-1], sizes[2:]):
-            layers += [activation(), nn.Linear(before, after)]
-        super().__init__(*layers)
 
 
 class DropPath(nn.Module):
@@ -73,7 +63,7 @@ def sine_positions(height, width, dim, device=None, temperature=10000.0):
 
 
 def normalise(images, mean, std):
-    """images (B,3,H,W), uint8 in 0..255 or float in 0..1 -> float (x - mean) / std, `mean` and `std` per channel of 0..1."""
+    """images (B,3,H,W), uint8 0..255 or float 0..1 -> float (x - mean) / std; `mean`, `std`: 3 values of 0..1 RGB."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
     return (images - mean) / std

@@ -36,7 +36,7 @@ def check_size(height, width):
 
 
 def _runs(text, limit=np.inf):
-    """Run lengths (N,) int64 in a compressed string (bytes); ValueError if it is not one, or over `limit` characters."""
+    """Run lengths (N,) int64 in a compressed string (bytes); ValueError if it is none, or over `limit` characters."""
     if not text:
         raise ValueError("the RLE has no runs")
     if len(text) > limit:
@@ -206,7 +206,7 @@ def from_segmentation(segmentation, height, width, margin=None):
 
 
 def iou_boxes(a, b):
-    """IoU of boxes [x, y, w, h] along the last axis, broadcast: (...,4) and (...,4) -> (...); 0 where both are empty."""
+    """IoU of boxes [x, y, w, h] (last axis), broadcast: (...,4) and (...,4) -> (...); 0 where both are empty."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     low = np.maximum(a[..., :2], b[..., :2])
     high = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])

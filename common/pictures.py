@@ -5,6 +5,7 @@ The page asks the network for nothing, works offline, and escapes every text tha
 allows one script, known by its digest. Needs numpy and PIL only.
 """
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,40 +25,33 @@ TRUTH, PREDICTION, OTHER = (38, 166, 91), (232, 93, 36), (64, 120, 224)  # colou
 GROUPS = ("worst", "middle", "best")
 BUDGET = 5_200_000  # characters of embedded pictures; above it the next, coarser step of ENCODINGS is taken
 ENCODINGS = ((360, 80), (320, 74), (280, 68), (240, 60), (180, 50))  # longest side in pixels, JPEG quality
+RAMP = ((16, 5, 37), (55, 9, 70), (102, 14, 85), (150, 29, 84), (193, 59, 70), (223, 100, 50), (239, 148, 52),
+        (242, 196, 102), (243, 239, 173))
 MAX_TEXT, MAX_WORDS, MAX_CURVE = 300, 60, 400
 
 
 def colours(t):
     """Perceptual colour map: t in 0..1 of any shape (...) -> uint8 RGB (...,3), dark violet to pale yellow.
 
-    A path through OKLab whose lightness grows linearly, so that equal steps of t look equally large and also survive
+    Its lightness (OKLab's L) grows linearly from 0.16 to 0.94, so that equal steps of t look equally large and survive
     a print in grey. Values outside 0..1 are clipped, NaN counts as 0.
     """
-    t = np.clip(np.nan_to_num(np.asarray(t, float), nan=0.0), 0, 1)[..., None]
-    lightness, chroma = 0.16 + 0.78 * t, 0.17 * np.sin(math.pi * (0.08 + 0.8 * t)) ** 0.7
-    hue = np.deg2rad(295 + 170 * t)
-    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    linear = np.concatenate([4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
-                             -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
-                             -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short], -1).clip(0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).__mul__(255).round() \
-        .astype(np.uint8)
+    t = np.nan_to_num(np.asarray(t, float), nan=0.0)
+    stops = np.linspace(0, 1, len(RAMP))
+    return np.stack([np.interp(t, stops, channel) for channel in np.transpose(RAMP)], -1).round().astype(np.uint8)
 
 
 def overlay(image, mask, colour=PREDICTION, alpha=0.45):
     """Tint a mask and draw a crisp outline around it.
 
     image uint8 (H,W,3), mask bool (H,W), colour RGB 0..255, alpha 0..1 the strength of the tint -> uint8 (H,W,3).
-    Pixels of the mask are tinted; a ring just outside it, about 1/250 of the image's longer side wide, gets the plain
+    Pixels of the mask are tinted; a ring just outside it, about 1/200 of the image's longer side wide, gets the plain
     colour; all others stay. ValueError when the shapes do not fit.
     """
     image, mask = _rgb(image), np.asarray(mask, bool)
     if mask.shape != image.shape[:2]:
         raise ValueError(f"a mask of {mask.shape} does not lie on an image of {image.shape[:2]}")
-    width = 2 * max(1, round(max(mask.shape) / 250)) + 1
+    width = 2 * max(1, round(max(mask.shape) / 200)) + 1
     grown = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(width))) > 0
     out = image.copy()
     out[mask] = np.round(image[mask] * (1.0 - alpha) + np.array(colour, float) * alpha).astype(np.uint8)
@@ -73,7 +68,7 @@ def heat(image, heat, limits=None):
     image, heat = _rgb(image), np.asarray(heat, float)
     finite = heat[np.isfinite(heat)]
     low, high = limits if limits is not None else ((finite.min(), finite.max()) if finite.size else (0, 1))
-    scale = 1 / (high - low) if high > low else 0.0
+    scale = 1 / (high - low) if high - low > 1e-30 else 0.0
     unit = np.clip(np.nan_to_num((np.clip(heat, low, high) - low) * scale, nan=0.0), 0, 1).astype(np.float32)
     size = (image.shape[1], image.shape[0])
     unit = np.asarray(Image.fromarray(unit).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)[..., None]
@@ -92,10 +87,12 @@ def draw_points(image, points, closed=True):
     points = np.asarray(points, float).reshape(-1, 2)
     points = points[np.isfinite(points).all(1)].clip(-1e5, 1e5)
     draw, unit, count = ImageDraw.Draw(picture), max(picture.size) / 300, len(points)
-    ramp = [tuple(c) for c in colours(np.linspace(0.25, 1, count)).tolist()]
-    for i in range(count if closed and count > 2 else count - 1):
-        draw.line([*points[i], *points[(i + 1) % count]], fill=ramp[i], width=max(1, round(unit)))
-    font, radius = ImageFont.load_default(max(8, round(7 * unit))), max(1.0, 2 * unit)
+    ramp = [tuple(c) for c in colours(np.linspace(0.35, 1, count)).tolist()]
+    for casing in (True, False):
+        for i in range(count if closed and count > 2 else count - 1):
+            draw.line([*points[i], *points[(i + 1) % count]], "black" if casing else ramp[i],
+                      max(1, round(1.4 * unit)) + 2 * casing)
+    font, radius = ImageFont.load_default(max(8, round(10 * unit))), max(1.0, 2.8 * unit)
     for i, (x, y) in enumerate(points):
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=ramp[i], outline="black")
         if i % max(1, math.ceil(count / 20) if count > 40 else 1) == 0:
@@ -127,7 +124,7 @@ def tile(images, captions, columns=4, side=360):
     """A contact sheet: uint8 (H_i,W_i,3) images with a caption of at most two lines under each -> uint8 (H,W,3).
 
     images and captions (N,) of equal length; `columns` cells a row; `side`: images are shrunk to that many pixels
-    (never enlarged). No image gives a small white sheet.
+    (never enlarged). No image gives a small white sheet. PIL's own font knows Latin letters only.
     """
     font, gap = ImageFont.load_default(13), 10
     small = [_shrink(image, side) for image in images]
@@ -140,7 +137,8 @@ def tile(images, captions, columns=4, side=360):
         for column, (picture, caption) in enumerate(row):
             x = gap + column * (width + gap)
             sheet.paste(picture, (x, y))
-            draw.text((x, y + picture.height + 3), _wrap(_clean(caption), font, width, 2), (40, 40, 40), font)
+            draw.text((x, y + picture.height + 3), "\n".join(textwrap.wrap(_clean(caption), width // 8, max_lines=2,
+                      placeholder=" …")), (40, 40, 40), font)
         y += height
     return np.array(sheet)
 
@@ -158,7 +156,8 @@ def save(path, array):
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
@@ -199,11 +198,11 @@ def curve_svg(series, title, x_label, y_label, log_y=False):
         parts.append(_svg_text((left + right) / 2, (top + bottom) / 2, "no data", dim, "middle"))
     cursor, row = 4, 0
     for name, points in lines.items():
-        style = f"stroke:var(--s{entry % 6},#0b6b75);stroke-width:1.8;fill:none;stroke-linejoin:round" \
-            + (";stroke-dasharray:5 3" if entry >= 6 else "")
+        colour, dashes = f"var(--s{entry % 6},#0b6b75)", ";stroke-dasharray:5 3" if entry >= 6 else ""
+        style = f"stroke:{colour};stroke-width:1.8;fill:none;stroke-linejoin:round{dashes}"
         drawn = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
         if len(points) < 30:
-            parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.4" style="fill:var(--s{entry % 6},#0b6b75)"/>'
+            parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.4" style="fill:{colour}"/>'
                       for x, y in points]
         parts.append(f'<polyline points="{drawn}" style="{style}"/>')
         text = name + (f" {points[-1][1]:,.4g}" if points else " (no data)")
@@ -273,8 +272,9 @@ def _scores(summary):
             label = _h({"n": "sentences"}.get(name, name)) + (f"<small>{meaning}</small>" if meaning else "")
             row = f'<tr class="{kind}"><th scope="row">{label}</th>{cells}</tr>'
             head, precision = (head, precision + row) if name.startswith("Pr@") else (head + row, precision)
-    tables = [(" · ".join([*common, "percent"]), head), ("Pr@X: share of sentences with IoU ≥ X, percent", precision)]
-    return summary and '<div class="grid">' + "".join(_table("scores", *of, summary) for of in tables if of[1]) + "</div>"
+    tables = [(" · ".join([*common, "percent"]), head),
+              ("Pr@X: share of sentences with IoU ≥ X, percent", precision)]
+    return _grid([_table("scores", *of, summary) for of in tables if of[1]], summary)
 
 
 def _flat(of_split):
@@ -282,6 +282,7 @@ def _flat(of_split):
     out = {}
     for key, value in of_split.items():
         inner = value if isinstance(value, dict) and key != "settings" else {"": value}
+        inner = {name: inner[name] for name in ("mIoU", "oIoU") if name in inner} if "mIoU" in inner else inner
         out |= {f"{key} {name}".strip(): number for name, number in inner.items()
                 if number is None or (isinstance(number, (int, float, np.number)) and not isinstance(number, bool))}
     return out
@@ -305,16 +306,21 @@ def _breakdown(summary):
     """A table of bars for every dict of groups: rows are groups, columns are splits."""
     keys = dict.fromkeys(key for s in summary for key, value in s.items() if key != "settings" and value
                          and isinstance(value, dict) and all(isinstance(of, dict) for of in value.values()))
-    tables = ""
+    tables = []
     for key in keys:
         names, rows = dict.fromkeys(name for s in summary for name in s.get(key) or {}), ""
         for name in names:
             found = [(s.get(key) or {}).get(name) or {} for s in summary]
             rows += f'<tr><th scope="row">{_h(name)}</th>' + "".join(
-                f'<td><b>{_number(of.get("mIoU"))}</b>{_bar(of.get("mIoU"))}<small>oIoU {_number(of.get("oIoU"))}</small>'
-                f'<small>n {_number(of.get("n"))}</small></td>' for of in found) + "</tr>"
-        tables += _table("bars", f"mIoU by {TITLES.get(key, key[3:])}", rows, summary)
-    return tables and f'<div class="grid">{tables}</div>'
+                f'<td><b>{_number(of.get("mIoU"))}</b>{_bar(of.get("mIoU"))}'
+                f'<small>oIoU {_number(of.get("oIoU"))}</small><small>n {_number(of.get("n"))}</small></td>'
+                for of in found) + "</tr>"
+        tables.append(_table("bars", f"mIoU by {TITLES.get(key, key[3:])}", rows, summary))
+    return _grid(tables, summary)
+
+
+def _grid(tables, summary):
+    return tables and f'<div class="grid{" wide" if len(summary) > 4 else ""}">{"".join(tables)}</div>'
 
 
 def _bar(percent):
@@ -339,7 +345,7 @@ def _cases(cases):
         facets += f"<fieldset><legend>{facet}</legend>{chips}</fieldset>" if len(values) > 1 else ""
     present = [str(case.get("group") or "") for case in cases]
     order = sorted(dict.fromkeys(present), key=_rank)
-    groups = "".join(f'\n<section class="group"><h3>{_h(name).capitalize()}</h3>'
+    groups = "".join(f'\n<section class="group"><h3>{_h(name.capitalize())}</h3>'
                      + "".join(_card(case, embed) for case, of in zip(cases, present, strict=True) if of == name)
                      + "</section>" for name in order)
     return ('<form class="filter" role="search"><label>Filter by word <input type="search" autocomplete="off"></label>'
@@ -431,22 +437,6 @@ def _shrink(array, side):
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _wrap(text, font, width, lines):
-    """`text` broken at spaces into at most `lines` lines of `width` pixels; what does not fit is cut with …"""
-    out, rest = [], text.split()
-    while rest and len(out) < lines:
-        taken = 1
-        while taken < len(rest) and font.getlength(" ".join(rest[:taken + 1])) <= width:
-            taken += 1
-        out, rest = [*out, " ".join(rest[:taken])], rest[taken:]
-    out[-1:] = [out[-1] + " …"] if rest else out[-1:]
-    for i, line in enumerate(out):
-        while font.getlength(out[i]) > width and line:
-            line = line[:-1]
-            out[i] = line.rstrip(" …") + "…"
-    return "\n".join(out)
-
-
 def _clean(text, limit=MAX_TEXT):
     """Printable text of at most `limit` characters: control characters and lone surrogates go, a cut shows as …"""
     text = str(text)
@@ -526,11 +516,12 @@ small{color:var(--dim);font-size:.8rem;font-weight:400}p{margin:.4rem 0}.note{co
 vertical-align:baseline}td:last-child,th:last-child{padding-right:0}tbody tr{border-top:1px solid var(--line)}
 th{font-weight:500}th[scope=row],caption{text-align:left}caption{font-weight:600;padding-bottom:.3rem}
 th small,td small{display:block;line-height:1.3}
-.scores,.bars{width:100%}.scores th[scope=row]{position:sticky;left:0;background:var(--bg)}.scores td{white-space:nowrap}
-.head td{font-size:1.35rem;font-weight:600;line-height:1.3}.head:first-child td{color:var(--accent)}.count{color:var(--dim)}
+.scores,.bars{width:100%}.grid th[scope=row]{position:sticky;left:0;background:var(--bg)}.scores td{white-space:nowrap}
+.head td{font-size:1.35rem;font-weight:600;line-height:1.3}.head:first-child td{color:var(--accent)}
+.count{color:var(--dim)}.wide{grid-template-columns:100%!important}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.6rem 3rem;align-items:start}
 .curves{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}svg{width:100%;max-width:32rem;height:auto}
-.bars td,.bars thead th{text-align:left;width:26%}.bars td b{font-weight:500}
+.bars td,.bars thead th{text-align:left}.bars td b{font-weight:500}
 .bar{display:block;height:4px;background:var(--line);border-radius:2px;min-width:3rem;margin:.15rem 0}
 .bar>i{display:block;height:100%;background:var(--accent);border-radius:2px;max-width:100%}
 .filter{display:flex;flex-wrap:wrap;gap:.6rem 1.4rem;align-items:center;padding:.6rem 0}
@@ -551,15 +542,18 @@ grid-template-columns:repeat(var(--n),minmax(0,var(--w)))}figure{margin:0}
 img{display:block;width:100%;height:auto;border-radius:3px;background:var(--line)}
 figcaption{color:var(--dim);font-size:.8rem;line-height:1.35;padding-top:.15rem}
 .words p{margin:.35rem 0 0}.words span{display:inline-block;padding:0 .35rem;border-radius:3px;text-align:center;
-background:rgb(var(--wash)/calc(var(--a)*.5))}.words span small{display:block;font-size:.68rem;line-height:1.2}
+background:rgb(var(--wash)/calc(var(--a)*.5))}
+.words span small{display:block;font-size:.7rem;line-height:1.2;color:inherit;opacity:.8}
 pre,code{font:13px/1.5 ui-monospace,monospace;white-space:pre-wrap}pre{margin:.4rem 0;padding:.6rem .8rem;
 background:var(--card);border:1px solid var(--line);border-radius:6px}summary{cursor:pointer;padding:.3rem 0}
-.settings td{text-align:left;white-space:normal;font-family:ui-monospace,monospace;font-size:13px}
+.settings td{text-align:left;font:13px/1.5 ui-monospace,monospace}.settings th{white-space:nowrap}
 @media(max-width:900px){.panels{grid-template-columns:repeat(3,minmax(0,var(--w)))}}
 @media(max-width:640px){.panels{grid-template-columns:1fr 1fr}.case{padding:.7rem;grid-template-columns:1fr}
-.case>*{grid-column:1}.badge{display:flex;gap:.7rem;align-items:center}.badge .bar{flex:1}th,td{padding-right:.7rem}}
-@media print{:root{color-scheme:light}nav,.filter{display:none}main{max-width:none;padding:0}
-.case,figure,svg,table{break-inside:avoid}h2,h3{break-after:avoid}}
+.case>*{grid-column:1}.badge{display:flex;gap:.7rem;align-items:center}.badge .bar{flex:1}.head td{font-size:1.15rem}
+th,td{padding-right:.7rem}}
+@media print{:root{--bg:#fff}nav,.filter{display:none}main{max-width:none;padding:0}
+.grid th[scope=row]{position:static}.case,figure,svg,table{break-inside:avoid}h2,h3{break-after:avoid}
+.panels{grid-template-columns:repeat(var(--n),minmax(0,var(--w)))}}
 """
 
 SCRIPT = """

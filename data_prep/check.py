@@ -5,12 +5,11 @@
 Every mask must decode and fill its image, every box must agree with its mask, every image must open to its last
 byte and have the size that is written down, the counts must be the published ones, and no image of a val or test
 split of any RefCOCO corpus under the data root may stand in a train split or in a pre-training list. Prints the
-faults and ends with status 1, or prints "ok". Writes data/<dataset>/check.png: truth drawn over some images.
+faults and ends with status 1, or prints "ok". Writes data/<dataset>/check.png: some sentences with what they mean left bright.
 
 Counts: refs and images as TensorFlow Datasets' ref_coco catalogue lists them; sentences as the LTS and PKS papers
 give them; gRefCOCO's total as its authors do. What no source at hand gives per split is None and is not compared.
 """
-import argparse
 import os
 import random
 import re
@@ -18,11 +17,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from common import masks
-from common.config import UserError, run
+from common.config import Parser, UserError, run
 from data_prep.refcoco import check_inside, check_name, field, image_error, parse_json, read_bytes, read_json
 
 # dataset: {split: (images, refs, sentences)}; None: not known
@@ -38,7 +37,7 @@ PUBLISHED = {
 }
 TOTAL = {"refcocog_umd": 95010, "grefcoco": 278232}      # sentences of all splits together
 SHARED_BY_DESIGN = ("refcocog_google",)                  # this partition splits objects, not images
-SIDECARS = re.compile(r"(clicks|subset_.*)\.json")
+PARTS = {"meta": dict, "images": list, "objects": list, "expressions": list}
 BOX_PIXELS, BOX_IOU = 4, 0.7      # COCO's boxes hold the polygons' thin spikes, which cover no pixel's centre
 
 
@@ -60,18 +59,22 @@ def published(dataset):
 
 
 def load_splits(data_root, dataset):
-    """{split: content of data/<dataset>/<split>.json}, sidecars left out; UserError if there is none or one is damaged."""
+    """{split: content of data/<dataset>/<split>.json}; UserError if there is none or one is damaged.
+
+    A JSON file with none of the parts of a prepared split is a sidecar and left out.
+    """
     folder = Path(data_root) / check_name(dataset, "a dataset's name", "--dataset")
-    files = [path for path in sorted(folder.glob("*.json")) if not SIDECARS.fullmatch(path.name)]
-    if not files:
-        raise UserError(f"{folder}: no prepared corpus here; make it with python -m data_prep.refcoco "
-                        "(data_prep/README.md lists the commands)")
     splits = {}
-    for path in files:
+    for path in sorted(folder.glob("*.json")):
         data = read_json(path)
-        for part, kind in (("meta", dict), ("images", list), ("objects", list), ("expressions", list)):
+        if isinstance(data, dict) and not PARTS.keys() & data.keys():
+            continue
+        for part, kind in PARTS.items():
             field(data, part, kind, path)
         splits[path.stem] = data
+    if not splits:
+        raise UserError(f"{folder}: no prepared corpus here; make it with python -m data_prep.refcoco "
+                        "(data_prep/README.md lists the commands)")
     return splits
 
 
@@ -262,7 +265,7 @@ def read_ids(path):
 # ---- the sheet ------------------------------------------------------------------------------------------------------
 
 def draw_sheet(data_root, dataset, splits, path, columns=4, rows=4, cell=320, seed=0):
-    """Save a sheet of `columns` x `rows` sentences drawn by `seed`, each with its masks and boxes over the image."""
+    """Save a sheet of `columns` x `rows` sentences drawn by `seed`: what is meant stays bright, in yellow boxes."""
     choices = [(split, number) for split, data in splits.items() for number in range(len(data["expressions"]))]
     picked = random.Random(seed).sample(choices, min(columns * rows, len(choices)))
     sheet = Image.new("RGB", (columns * cell, max(1, -(-len(picked) // columns)) * (cell + 40)), "white")
@@ -275,16 +278,15 @@ def draw_sheet(data_root, dataset, splits, path, columns=4, rows=4, cell=320, se
         root = Path(data_root) / dataset / data["meta"]["image_root"]
         with Image.open(root / image["file_name"]) as opened:
             pixels = np.asarray(opened.convert("RGB"), np.float32)
+        inside = np.zeros(pixels.shape[:2], bool)
         for record in meant:
-            inside = masks.decode(record["mask"])
-            pixels[inside] = 0.5 * pixels[inside] + 0.5 * np.array([255, 40, 40], np.float32)
-        picture = Image.fromarray(pixels.astype(np.uint8))
-        draw = ImageDraw.Draw(picture)
-        line = max(2, max(picture.size) // 200)
+            inside |= masks.decode(record["mask"])
+        pixels[~inside] *= 0.35
+        picture = ImageOps.contain(Image.fromarray(pixels.astype(np.uint8)), (cell - 8, cell - 8))
+        scale = picture.width / image["width"]
         for record in meant:
-            x, y, w, h = record["bbox"]
-            draw.rectangle([x, y, max(x, x + w - 1), max(y, y + h - 1)], outline=(255, 230, 0), width=line)
-        picture.thumbnail((cell - 8, cell - 8))
+            x, y, w, h = (scale * value for value in record["bbox"])
+            ImageDraw.Draw(picture).rectangle([x, y, x + max(w, 1), y + max(h, 1)], outline=(255, 230, 0), width=2)
         x, y = place % columns * cell + 4, place // columns * (cell + 40) + 4
         sheet.paste(picture, (x, y))
         text = f"{split} {expression['id']}: {expression['text']}".encode("latin1", "replace").decode("latin1")
@@ -319,28 +321,29 @@ def check(dataset, data_root, pretrain_ids=None, alone=False, image_check=True):
     faults += count_faults(dataset, counts) + leaks
     if whole and image_check:
         draw_sheet(data_root, dataset, splits, folder / "check.png")
-        notes.append(f"look at {folder / 'check.png'}: the red must lie on what the sentence means")
+        notes.append(f"look at {folder / 'check.png'}: what is left bright must be what the sentence means")
     return faults, notes, counts
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.check", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags of this program."""
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", required=True, help="a folder of prepared files under the data root")
     parser.add_argument("--data-root", default="data", help="where the prepared corpora lie")
     parser.add_argument("--pretrain-ids", default=None, metavar="FILE",
                         help="image ids that weights were trained on: instances.json, a JSON list, or lines")
     parser.add_argument("--alone", action="store_true",
                         help="leaks within this corpus only, not against the other RefCOCO corpora here")
-    parser.add_argument("--no-image-check", action="store_true", help="do not open the images, draw no sheet")
+    parser.switch(None, "image-check", True, "open every image, and draw the sheet")
     parser.add_argument("--show", type=int, default=50, help="faults to print")
     return parser
 
 
 def main(argv=None):
+    """Check one corpus, print what was found; returns 1 if there are faults."""
     args = get_parser().parse_args(argv)
     faults, notes, counts = check(args.dataset, args.data_root, args.pretrain_ids, args.alone,
-                                  not args.no_image_check)
+                                  args.image_check)
     known = published(args.dataset)
     print(f"{'split':<16}{'images':>9}{'refs':>9}{'sentences':>11}   published")
     for split, row in counts.items():

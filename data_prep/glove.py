@@ -7,7 +7,6 @@ data/<dataset>/words.npz: `words`, a sorted array of strings, and `vectors`, flo
 GloVe's file is a word and its numbers, with spaces between; some tokens of glove.840B hold spaces themselves and are
 told apart by their number of fields.
 """
-import argparse
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import text
-from common.config import UserError, run
+from common.config import Parser, UserError, run
 from data_prep.check import load_splits
 from data_prep.refcoco import MAX_BYTES, field
 
@@ -46,8 +45,8 @@ def read_glove(path, wanted):
     wanted = {word.encode("utf-8"): word for word in wanted}
     found, damaged, size = {}, 0, None
     try:
-        with open(path, "rb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=Path(path).name,
-                                            disable=None, delay=2) as bar:
+        with open(path, "rb") as file, tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, disable=None,
+                                            delay=2, desc=Path(path).name) as bar:
             if file.read(2) in (b"PK", b"\x1f\x8b"):
                 raise UserError(f"{path}: this is an archive; unpack it and give the .txt file in it")
             file.seek(0)
@@ -118,8 +117,8 @@ def load_words(path):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.glove", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags of this program."""
+    parser = Parser(__doc__)
     parser.add_argument("--glove", required=True, help="GloVe's text file, unpacked: glove.840B.300d.txt")
     parser.add_argument("--dataset", required=True, help="a prepared corpus under the data root")
     parser.add_argument("--data-root", default="data", help="where the prepared corpora lie")
@@ -127,6 +126,7 @@ def get_parser():
 
 
 def main(argv=None):
+    """Write words.npz of one corpus and print how many words it covers."""
     args = get_parser().parse_args(argv)
     counts = words_needed(args.data_root, args.dataset)
     if re.search(r"\.(zip|gz)$", args.glove):

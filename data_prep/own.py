@@ -11,7 +11,6 @@ The table (CSV, or TSV if its first line holds tabs; UTF-8) has a heading line a
     split      train, val, ... (optional; --split where it is missing or empty)
 Images that one file names twice are kept once; all annotations of a COCO json's images come along.
 """
-import argparse
 import csv
 import io
 import warnings
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import masks
-from common.config import UserError, run
+from common.config import Parser, UserError, run
 from data_prep.refcoco import (check_inside, check_name, image_entry, image_error, image_root, load_instances,
                                object_entry, print_counts, read_bytes, show, source, write_splits)
 
@@ -85,7 +84,7 @@ def read_mask(path, image):
 
 
 def from_folder(rows, images, folder):
-    """(images, objects, object ids per row) where masks are PNGs: ids number the files in the order of their names."""
+    """(images, objects, categories, image id per row, object ids per row) where masks are PNGs; ids follow names."""
     names = sorted({row["image"] for row in rows})
     where = {row["image"]: row["where"] for row in reversed(rows)}
     entries = {}
@@ -102,7 +101,8 @@ def from_folder(rows, images, folder):
              "area": masks.area(rle, checked=True), "iscrowd": 0, "mask": rle})
     meant = [[ids[row["image"], mask] for mask in row["masks"]] for row in rows]
     image_ids = [entries[row["image"]]["id"] for row in rows]
-    return {entry["id"]: entry for entry in entries.values()}, objects, [], image_ids, meant
+    categories = [{"id": 0, "name": "object", "supercategory": ""}]
+    return {entry["id"]: entry for entry in entries.values()}, objects, categories, image_ids, meant
 
 
 def _image_size(path, where):
@@ -120,7 +120,7 @@ def _image_size(path, where):
 
 
 def from_coco(rows, images, path, margin):
-    """(images, objects, object ids per row) where masks are annotations of a COCO json."""
+    """The same as `from_folder` where masks are annotations of a COCO json."""
     records, annotations, categories = load_instances(path)
     by_name = {}
     for record in records.values():
@@ -161,7 +161,6 @@ def convert(images, masks_from, table, dataset, data_root, split="train", margin
     files = [table]
     if Path(masks_from).is_dir():
         entries, objects, categories, image_ids, meant = from_folder(rows, images, masks_from)
-        categories = [{"id": 0, "name": "object", "supercategory": ""}]
     else:
         entries, objects, categories, image_ids, meant = from_coco(rows, images, masks_from, margin)
         files.append(masks_from)
@@ -178,20 +177,21 @@ def convert(images, masks_from, table, dataset, data_root, split="train", margin
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.own", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The flags of this program."""
+    parser = Parser(__doc__)
     parser.add_argument("--images", required=True, help="folder of the photographs")
     parser.add_argument("--masks", required=True, help="folder of PNG masks, or a COCO json")
     parser.add_argument("--table", required=True, help="CSV or TSV: image, mask, sentence, split")
     parser.add_argument("--dataset", required=True, help="a name for the corpus")
-    parser.add_argument("--data-root", default="data", help="where the prepared corpora lie (default: data)")
-    parser.add_argument("--split", default="train", help="split of rows that name none (default: train)")
+    parser.add_argument("--data-root", default="data", help="where the prepared corpora lie")
+    parser.add_argument("--split", default="train", help="split of rows that name none")
     parser.add_argument("--polygon-margin", type=float, default=2.0,
-                        help="pixels that a polygon may reach beyond its image (default: 2)")
+                        help="pixels that a polygon may reach beyond its image")
     return parser
 
 
 def main(argv=None):
+    """Prepare a user's corpus and print its counts."""
     args = get_parser().parse_args(argv)
     counts = convert(args.images, args.masks, args.table, args.dataset, args.data_root, args.split,
                      args.polygon_margin)

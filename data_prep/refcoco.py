@@ -1,4 +1,4 @@
-"""REFER's files to the prepared format: RefCOCO, RefCOCO+, RefCOCOg (umd, google), gRefCOCO, and any corpus laid out so.
+"""REFER's files to the prepared format: RefCOCO, RefCOCO+, RefCOCOg (umd, google), gRefCOCO, and what is laid out so.
 
     python -m data_prep.refcoco --refs 'refs(unc).p' --instances instances.json --images train2014 \
         --dataset refcoco --data-root data
@@ -10,7 +10,6 @@ call something is refused. Every sentence is kept, with its spelling; the parts 
 rasterised once, by COCO's own rule. One file `data/<dataset>/<split>.json` is written per split, holding the images
 that have a sentence in it, all objects of those images, and the sentences. Same input, same bytes.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import masks
-from common.config import UserError, run
+from common.config import Parser, UserError, run, write_text
 
 MAX_BYTES = 4 * 2 ** 30
 REQUIRED = object()
@@ -124,16 +123,7 @@ def read_json(path):
 
 def write_json(path, value):
     """Write compact JSON atomically; the same value gives the same bytes. UserError if it cannot be written."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="ascii") as file:
-            file.write(json.dumps(value, separators=(",", ":"), allow_nan=False))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False))
 
 
 def source(path):
@@ -166,7 +156,7 @@ class _PlainData(pickle._Unpickler):
         pickle.PERSID, pickle.BINPERSID)})
 
     def find_class(self, module, name):
-        raise UserError(f"asks Python to import {show(module)[1:-1]}.{show(name)[1:-1]}, which plain data does not need")
+        raise UserError(f"asks Python to import {show(module)[1:-1]}.{show(name)[1:-1]}, which no plain data needs")
 
     def persistent_load(self, pid):
         raise UserError("refers to an object outside the file")
@@ -265,7 +255,7 @@ def extend(refs, extended, path):
 # ---- instances and images -------------------------------------------------------------------------------------------
 
 def load_instances(path):
-    """COCO's instances file: ({image id: record}, {image id: [annotation records]}, categories). UserError if damaged."""
+    """COCO's instances file: ({image id: record}, {image id: [annotations]}, categories). UserError if damaged."""
     data = read_json(path)
     images, annotations = {}, defaultdict(list)
     for record in field(data, "images", list, path):
@@ -450,27 +440,29 @@ def print_counts(counts, folder):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(prog="python -m data_prep.refcoco", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags of this program."""
+    parser = Parser(__doc__)
     parser.add_argument("--refs", required=True, help="refs(unc).p, refs(umd).p, refs(google).p or grefs(unc).json")
     parser.add_argument("--instances", required=True, help="instances.json of the same archive, or COCO's own")
     parser.add_argument("--images", required=True, help="folder of the photographs (COCO train2014)")
     parser.add_argument("--dataset", required=True,
                         help="refcoco, refcoco+, refcocog_umd, refcocog_google, grefcoco, or a name of yours")
     parser.add_argument("--data-root", default="data", help="where the prepared corpora lie")
-    parser.add_argument("--split-by", default=None, help="who made the splits (default: from the refs file's name)")
+    parser.add_argument("--split-by", default=None,
+                        help="who made the splits; None: what stands in brackets in the refs file's name")
     parser.add_argument("--extended", default=None, metavar="REFS",
                         help="refer2's refs file with more sentences for the test objects; makes <split>_extended")
     parser.add_argument("--polygon-margin", type=float, default=2.0,
                         help="pixels that a polygon may reach beyond its image")
-    parser.add_argument("--no-image-check", action="store_true", help="do not look whether the images are there")
+    parser.switch(None, "image-check", True, "look whether every image is there and of the right size")
     return parser
 
 
 def main(argv=None):
+    """Prepare one corpus and print its counts."""
     args = get_parser().parse_args(argv)
     counts = convert(args.refs, args.instances, args.images, args.dataset, args.data_root, args.split_by,
-                     not args.no_image_check, args.extended, args.polygon_margin)
+                     args.image_check, args.extended, args.polygon_margin)
     print_counts(counts, Path(args.data_root) / args.dataset)
 
 

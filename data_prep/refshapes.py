@@ -32,10 +32,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.config import Parser, UserError, run, write_text
-from common.masks import decode, encode, from_polygons, from_segmentation
+from common.masks import area, bbox, encode, from_polygons
 
 NAMES = ("refshapes", "refshapes+", "refshapesg")
 VERSION = 1
+DIGEST = "6f578917e53056ed8d9b16fa84df0e40566dee3cb809149a480663eadfa08c57"  # `digest` of the default scale, seed 0
 SCALES = {"default": {"train": 3000, "val": 300, "testA": 200, "testB": 200, "pool": 200},
           "large": {"train": 20000, "val": 1500, "testA": 1000, "testB": 1000, "pool": 1000}}
 
@@ -373,11 +374,11 @@ def relations(things, one, head, anchor, overlap, height, width):
         across = "y" if axis == "x" else "x"
         for sign, op in ((-1, low), (1, high)):
             ahead = sign * (getattr(t, axis) - getattr(a, axis))
-            if ahead * 10 >= extent and ahead * 5 >= 3 * abs(getattr(t, across) - getattr(a, across)) and all(
+            if ahead * 10 >= extent and ahead >= abs(getattr(t, across) - getattr(a, across)) and all(
                     sign * (getattr(o, axis) - getattr(a, axis)) * 20 <= -extent for o in others):
                 yield "relation", op
     far = [(o.x - a.x) ** 2 + (o.y - a.y) ** 2 for o in (t, *others)]
-    if far[0] * 100 <= 36 * min(far[1:]) and far[0] * 100 <= 16 * (height ** 2 + width ** 2):
+    if far[0] * 100 <= 36 * min(far[1:]) and far[0] * 100 <= 12 * (height ** 2 + width ** 2):
         yield "relation", "near"
     if overlap[one][anchor] * 12 >= overlap[one][one] and not any(
             overlap[i][anchor] for i in head if i not in (one, anchor)):
@@ -419,7 +420,7 @@ def meanings(things, one, overlap, height, width):
 WORDS = {"small": ("small", "little", "small"), "big": ("big", "large", "big"), "striped": ("striped",),
          "dotted": ("dotted", "spotted"), "red": ("red",), "green": ("green",), "blue": ("blue",),
          "yellow": ("yellow", "gold", "yellow"), "purple": ("purple", "violet", "purple"), "white": ("white",),
-         "black": ("black", "dark", "black"), "": ("one", "thing", "shape", "object"),
+         "black": ("black",), "": ("one", "thing", "shape", "object"),
          **{kind: synonyms for kind, (_, synonyms, _) in KINDS.items()}}
 SHORT = {
     "plain": ("{n}", "{n}", "the {n}"), "biggest": ("biggest {n}", "largest {n}"), "smallest": ("smallest {n}",),
@@ -452,7 +453,7 @@ LONG = {
     "right of": ("the {n} that is to the right of the {a}", "a {n} on the right of the {a}"),
     "above": ("the {n} that is above the {a}", "a {n} higher up than the {a}"),
     "below": ("the {n} that is below the {a}", "a {n} lying under the {a}"),
-    "near": ("the {n} that is next to the {a}", "the {n} closest to the {a}", "a {n} right beside the {a}"),
+    "near": ("the {n} that is next to the {a}", "the {n} closest to the {a}", "a {n} lying beside the {a}"),
     "behind": ("the {n} that is partly hidden behind the {a}", "a {n} behind the {a}"),
     "in front": ("the {n} that lies in front of the {a}", "a {n} covering part of the {a}"),
     "bigger": ("the {n} that is bigger than the {a}",), "smaller": ("the {n} that is smaller than the {a}",),
@@ -495,7 +496,10 @@ def mistyped(rng, text):
 
 
 def say(rng, name, meant):
-    """The sentences of a scene in one style: about seven, of three or four objects of `meant`, their lists of meanings."""
+    """The sentences of a scene in one style: about seven, of three or four of its objects.
+
+    meant: for each object that may be meant, the list of its `meanings`.
+    """
     choices = [m for one in rng.shuffled(meant)[:rng.integer(3, 4)] for m in one
                if m["kind"] in MIX[name] and m["op"] not in UNSAID[name]]
     said, texts = [], set()
@@ -505,9 +509,9 @@ def say(rng, name, meant):
             break
         kind = rng.pick(kinds, [MIX[name][k] for k in kinds])
         ops = sorted({m["op"] for m in choices if m["kind"] == kind})
-        op = rng.pick(ops)
+        op = rng.pick(ops, [1 if op.startswith("third") else 3 for op in ops])
         fitting = [m for m in choices if m["kind"] == kind and m["op"] == op]
-        meaning = rng.pick(fitting, [{1: 6, 2: 6, 3: 4, 4: 2}.get(len(m["head"]), 1) for m in fitting])
+        meaning = rng.pick(fitting, [{1: 6, 2: 6, 3: 4, 4: 3}.get(len(m["head"]), 1) for m in fitting])
         text = worded(rng, name, meaning)
         if rng.integer(0, 999) < 25:
             text = mistyped(rng, text)
@@ -519,17 +523,19 @@ def say(rng, name, meant):
 
 # ---- writing ------------------------------------------------------------------------------------------------
 
-def outline(mask):
-    """A mask's outline along pixel edges: a list of polygons [x0, y0, x1, y1, ...], or None where it has a hole."""
+def outline(mask, left=0, top=0):
+    """A mask's outline along pixel edges: a list of polygons [x0, y0, x1, y1, ...], or None where it has a hole.
+
+    left, top: where the mask's corner lies in the image.
+    """
     grid = np.pad(mask, 1).astype(np.int8)
     across, down = np.diff(grid, axis=0)[:, 1:-1], np.diff(grid, axis=1)[1:-1]
-    after = {}
-    for change, sign, first, last in (  # every edge with the object on its right-hand side
-            (across, 1, (0, 0), (1, 0)), (across, -1, (1, 0), (0, 0)), (down, 1, (0, 1), (0, 0)), (down, -1, (0, 0), (0, 1))):
-        y, x = (change == sign).nonzero()
-        starts, ends = zip((x + first[0]).tolist(), (y + first[1]).tolist()), zip((x + last[0]).tolist(), (y + last[1]).tolist())
-        for start, end in zip(starts, ends):
-            after.setdefault(start, []).append(end)
+    after = {}  # edges by their start, each with the object on its right-hand side
+    for change, (dx, dy), (fx, fy) in ((across == 1, (1, 0), (0, 0)), (across == -1, (-1, 0), (1, 0)),
+                                       (down == 1, (0, -1), (0, 1)), (down == -1, (0, 1), (0, 0))):
+        y, x = change.nonzero()
+        for start in zip((x + left + fx).tolist(), (y + top + fy).tolist()):
+            after.setdefault(start, []).append((start[0] + dx, start[1] + dy))
     polygons = []
     while after:
         here = next(iter(after))
@@ -537,33 +543,35 @@ def outline(mask):
         while here in after:
             ends = after[here]
             if len(ends) > 1 and step:  # two parts touch at this corner: turn right, which keeps them apart
-                ends.sort(key=lambda e: e == (here[0] - step[1], here[1] + step[0]))
+                ends.sort(key=lambda end: end == (here[0] - step[1], here[1] + step[0]))
             there = ends.pop()
             if not ends:
                 del after[here]
-            turn = (there[0] - here[0], there[1] - here[1])
-            if turn != step:
+            if (there[0] - here[0], there[1] - here[1]) != step:
                 corners += here
+            step = (there[0] - here[0], there[1] - here[1])
             double_area += here[0] * there[1] - there[0] * here[1]
-            here, step = there, turn
+            here = there
         if double_area < 0:
             return None
         polygons.append(corners)
     return polygons
 
 
-def segmentation(mask, as_polygon):
-    """COCO's segmentation of a mask, exact: polygons where they are wanted and possible, else an uncompressed RLE."""
-    polygons = outline(mask) if as_polygon else None
-    if polygons and from_polygons(polygons, *mask.shape) == encode(mask):
-        return polygons
-    flat = mask.T.ravel().astype(np.int8)
-    edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
-    return {"size": list(mask.shape), "counts": np.diff([0, *edges, len(flat)]).tolist()}
+def annotation(mask, as_polygon):
+    """COCO's bbox, area and segmentation of a mask: polygons where wanted and exact, else an uncompressed RLE."""
+    rle = encode(mask)
+    x, y, w, h = (int(value) for value in bbox(rle, checked=True))
+    segmentation = outline(mask[y:y + h, x:x + w], x, y) if as_polygon else None
+    if not segmentation or from_polygons(segmentation, *mask.shape) != rle:
+        flat = mask.T.ravel()
+        edges = np.flatnonzero(np.diff(flat, prepend=False)).tolist()
+        segmentation = {"size": list(mask.shape), "counts": np.diff([0, *edges, len(flat)]).tolist()}
+    return {"bbox": [x, y, w, h], "area": area(rle, checked=True), "iscrowd": 0, "segmentation": segmentation}
 
 
 def draw(seed, folder, task):
-    """Draw scene `task` = (image_id, split, index), save its picture, and return its COCO image, annotations, sentences."""
+    """Draw and save scene `task` = (image_id, split, index); returns its COCO image, annotations and sentences."""
     image_id, split, index = task
     scene = make_scene(seed, split, index)
     height, width = scene["image"].shape[:2]
@@ -571,12 +579,10 @@ def draw(seed, folder, task):
     Image.fromarray(scene["image"]).save(Path(folder) / file_name, compress_level=1)
     annotations = []
     for i, thing in enumerate(scene["things"]):
-        y, x = np.nonzero(thing.visible)
-        cut = len(x) < thing.whole.sum()
-        box = [int(x.min()), int(y.min()), int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1]
-        annotations.append({"id": image_id * 100 + i, "image_id": image_id, "bbox": box, "area": len(x), "iscrowd": 0,
+        cut = (thing.visible != thing.whole).any()
+        annotations.append({"id": image_id * 100 + i, "image_id": image_id,
                             "category_id": KIND_NAMES.index(thing.kind) + 1,
-                            "segmentation": segmentation(thing.visible, not cut or (image_id + i) % 2 == 0)})
+                            **annotation(thing.visible, as_polygon=not cut or (image_id + i) % 2 == 0)})
     return {"id": image_id, "file_name": file_name, "width": width, "height": height}, annotations, scene["sentences"]
 
 
@@ -689,7 +695,7 @@ def locked(path):
 
 
 def make(data_root, scale="default", seed=0, jobs=2):
-    """Draw the corpora, if they are not there, and prepare each of NAMES below `data_root`.
+    """Draw the corpora where they are not there yet, and prepare each of NAMES below `data_root`.
 
     scale: a key of SCALES. jobs: processes. What a killed call left is finished or made again by the next one.
     Raises UserError where `data_root` holds RefShapes of another scale, seed or version, or cannot be written.
@@ -702,14 +708,16 @@ def make(data_root, scale="default", seed=0, jobs=2):
             for folder in (raw, *(data_root / name for name in NAMES)):
                 found = _marker(folder)
                 if found not in ({}, made) or (folder == raw and raw.exists() and not found):
-                    raise UserError(f"{folder} holds another RefShapes ({found or 'unfinished'}, wanted {made}): remove "
-                                    f"it or choose another --data-root.")
+                    there, asked = (", ".join(f"{key} {value}" for key, value in m.items()) for m in (found, made))
+                    raise UserError(f"{folder} holds another RefShapes ({there or 'unfinished'}) than asked for "
+                                    f"({asked}): remove it or choose another --data-root.")
             if not raw.exists():
-                part = raw.with_name("refshapes.part")
-                shutil.rmtree(part, ignore_errors=True)
+                clear(raw.parent)
+                part = raw.with_name(f"refshapes.part{os.getpid()}")  # a killed call's workers may yet write to theirs
                 write_raw(part, scale, seed, jobs)
                 write_text(part / MARKER, json.dumps(made))
                 os.replace(part, raw)
+                clear(raw.parent)
             missing = [name for name in NAMES if not is_made(data_root, name)]
             with workers(min(jobs, len(missing))) as each:
                 for _ in tqdm(each(partial(prepare, data_root, made), missing), "converting", len(missing),
@@ -719,14 +727,20 @@ def make(data_root, scale="default", seed=0, jobs=2):
         raise UserError(f"cannot write RefShapes below {data_root}: {error}.") from None
 
 
+def clear(folder):
+    """Remove what killed calls left in `folder`."""
+    for left in folder.glob("refshapes.part*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def prepare(data_root, made, name):
     """Convert one raw corpus to the prepared format, with its vocab.txt."""
     from data_prep.refcoco import convert
     raw = data_root / "raw" / "refshapes"
-    refs = raw / name / "refs(unc).p"
-    convert(refs=refs, instances=raw / name / "instances.json", images=raw / "images", dataset=name, data_root=data_root)
-    train = [s["sent"] for ref in read_refs(refs) if ref["split"] == "train" for s in ref["sentences"]]
-    write_text(data_root / name / "vocab.txt", "\n".join(wordpieces(train)) + "\n")
+    convert(refs=raw / name / "refs(unc).p", instances=raw / name / "instances.json", images=raw / "images",
+            dataset=name, data_root=data_root)
+    train = json.loads((data_root / name / "train.json").read_text(encoding="utf-8"))["expressions"]
+    write_text(data_root / name / "vocab.txt", "\n".join(wordpieces([e["text"] for e in train])) + "\n")
     write_text(data_root / name / MARKER, json.dumps(made))
 
 
@@ -747,7 +761,7 @@ def blind(data_root, name, split):
     for ref in (ref for ref in read_refs(raw / "refs(unc).p") if ref["split"] == split):
         image, all_ = images[ref["image_id"]], objects[ref["image_id"]]
         iou = {o["id"]: float(o["id"] == ref["ann_id"]) for o in all_}  # visible masks of a scene never overlap
-        area = {o["id"]: o["area"] for o in all_}
+        areas = {o["id"]: o["area"] for o in all_}
 
         def off_centre(o):
             x, y, w, h = o["bbox"]
@@ -755,8 +769,8 @@ def blind(data_root, name, split):
         central = min(all_, key=off_centre)["id"]
         for sentence in ref["sentences"]:
             row = {"head words": np.mean([iou[i] for i in sentence["head"]]),
-                   "union": area[ref["ann_id"]] / sum(area.values()), "random": np.mean(list(iou.values())),
-                   "largest": iou[max(area, key=area.get)], "central": iou[central]}
+                   "union": areas[ref["ann_id"]] / sum(areas.values()), "random": np.mean(list(iou.values())),
+                   "largest": iou[max(areas, key=areas.get)], "central": iou[central]}
             for answer, value in row.items():
                 for kind in (sentence["kind"], "all", *(("hard",) if sentence["kind"] != "attribute" else ())):
                     scores.setdefault(answer, {}).setdefault(kind, []).append(100 * value)
@@ -779,18 +793,21 @@ def sheet(path, seed=0, count=24, columns=4, zoom=2):
         corner = (index % columns * cell[0], index // columns * cell[1])
         page.paste(Image.fromarray(picture), corner)
         pen.text((corner[0] + 4, corner[1] + picture.shape[0] + 2), f"{sentence['text']} [{sentence['kind']}]", "black")
-    page.save(path)
+    try:
+        page.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}.") from None
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--data-root", default="data", help="where raw/refshapes and the prepared corpora lie")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="default", help="large: for tables; its own data root")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="default", help="large is for tables")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.switch(None, "blind", False, "print what perfect masks reach without reading sentences")
     parser.add_argument("--split", choices=("train", "val", "testA", "testB"), default="val", help="split for --blind")
-    parser.add_argument("--sheet", default="", metavar="PNG", help="only save a contact sheet of val scenes")
+    parser.add_argument("--sheet", default="", metavar="PNG", help="only save a contact sheet of val scenes to this file")
     args = parser.parse_args(argv)
     if args.sheet:
         sheet(args.sheet, args.seed)

@@ -39,6 +39,6 @@ def samples():
 def command(*words, ranks=1, cwd=REPOSITORY, timeout=240, **environment):
     """Run `python words…` (or torchrun with `ranks`) from `cwd`; returns the finished process with its text output."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                                      "--master_port", str(29500 + os.getpid() % 2000)]
+                                      "--master_port", str(29500 + os.getpid() % 2000), "--"]
     return subprocess.run([sys.executable, *launcher, *map(str, words)], cwd=cwd, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})

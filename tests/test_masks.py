@@ -49,7 +49,8 @@ def test_inner_runs_of_none_are_merged():
 
 
 @pytest.mark.parametrize("rle, word", [
-    (None, "size"), ({"size": [2, 2]}, "counts"), ({"counts": "04"}, "size"), ({"size": [2, 2, 1], "counts": "4"}, "size"),
+    (None, "size"), ({"size": [2, 2]}, "counts"), ({"counts": "04"}, "size"),
+    ({"size": [2, 2, 1], "counts": "4"}, "size"),
     ({"size": [2, 2], "counts": ""}, "runs"), ({"size": [2, 2], "counts": []}, "runs"),
     ({"size": [2, 2], "counts": [1, 2]}, "add up"), ({"size": [2, 2], "counts": [5]}, "run"),
     ({"size": [2, 2], "counts": [-1, 5]}, "run"), ({"size": [2, 2], "counts": [True, 3]}, "run"),

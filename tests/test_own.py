@@ -79,7 +79,8 @@ def test_coco_json(tmp_path):
 
 
 @pytest.mark.parametrize("table, message", [
-    ("", "first line must name"), ("image,sentence\na.png,x\n", "'mask' is missing"), ("image,mask,sentence\n", "no row"),
+    ("", "first line must name"), ("image,sentence\na.png,x\n", "'mask' is missing"),
+    ("image,mask,sentence\n", "no row"),
     ("image,mask,sentence\na.png,one.png,a, b\n", "line 2: has another number"),
     ("image,mask,sentence\na.png,one.png\n", "line 2: has another number"),
     ("image,mask,sentence\na.png,one.png,\n", "line 2: the sentence is empty"),

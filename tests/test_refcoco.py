@@ -26,7 +26,8 @@ def make_corpus(folder, edit=None, name="refs(unc).p"):
     for image_id in (7, 8):
         Image.new("RGB", (40, 30), (image_id, 90, 200)).save(images / NAME.replace("7.jpg", f"{image_id}.jpg"))
     instances = {
-        "images": [{"id": i, "file_name": NAME.replace("7.jpg", f"{i}.jpg"), "width": 40, "height": 30} for i in (7, 8)],
+        "images": [{"id": i, "file_name": NAME.replace("7.jpg", f"{i}.jpg"), "width": 40, "height": 30}
+                   for i in (7, 8)],
         "categories": [{"id": 1, "name": "cat", "supercategory": "animal"}],
         "annotations": [
             {"id": 1, "image_id": 7, "category_id": 1, "bbox": [2, 3, 10, 10], "area": 100.0, "iscrowd": 0,
@@ -173,7 +174,7 @@ BAD = {
     "no polygon": (lambda r, i: i["annotations"][0].update(segmentation=[]), r"annotation 1 has no segmentation"),
     "RLE of another size": (lambda r, i: i["annotations"][2].update(segmentation={"size": [4, 4], "counts": [16]}),
                             r"annotation 3: the RLE is 4 high"),
-    "image of another size": (lambda r, i: i["images"][0].update(width=41), r"40 x 30 pixels, but it should be 41 x 30"),
+    "image of another size": (lambda r, i: i["images"][0].update(width=41), r"40 x 30 pixels, but it should be 41"),
     "missing image": (lambda r, i: i["images"][0].update(id=6, file_name="x.jpg") or r[0].update(image_id=6)
                       or i["annotations"][1].update(image_id=6), r"x\.jpg: the image file is missing"),
     "path that leaves": (lambda r, i: i["images"][0].update(file_name="../" + NAME), r"leaves the image folder"),
@@ -220,7 +221,7 @@ def test_real_sample(tmp_path):
     counts = refcoco.convert(folder / "refcoco" / "refs(unc).p", folder / "refcoco" / "instances.json",
                              folder / "images" / "train2014", "refcoco", tmp_path)
     assert {split: count["refs"] for split, count in counts.items()} == {"val": 13, "testA": 4, "testB": 8}
-    objects = [o for split in counts for o in json.loads((tmp_path / "refcoco" / f"{split}.json").read_text())["objects"]]
+    objects = [o for path in (tmp_path / "refcoco").glob("*.json") for o in json.loads(path.read_text())["objects"]]
     assert len(objects) == 148 and sum(o["iscrowd"] for o in objects) == 1
     ious = [masks.iou_boxes(o["bbox"], masks.bbox(o["mask"])) for o in objects]
     assert np.median(ious) > 0.9

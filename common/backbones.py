@@ -6,6 +6,7 @@ its published weights were trained with.
 """
 import math
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -75,6 +76,7 @@ class Darknet53(nn.Module):
     channels = {8: 256, 16: 512, 32: 1024}
     strides = tuple(channels)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    numbers = 40_620_640  # in a weight file: kernels, and four for each channel's BatchNorm
 
     def __init__(self, frozen_bn=True):
         super().__init__()
@@ -108,10 +110,9 @@ class Darknet53(nn.Module):
         """`load_darknet` on the float32 array that `read_darknet` gave; `path` is named in errors."""
         convs = [module for module in self.modules() if isinstance(module, DarknetConv)]
         state, taken = [], 0
-        needed = sum(c.conv.weight.numel() + 4 * c.bn.num_features for c in convs)
-        if len(values) < needed:
-            raise UserError(f"{path} ends after {len(values):,} numbers; Darknet-53 has {needed:,}: the file is cut "
-                            "short or holds another network.")
+        if len(values) < self.numbers:
+            raise UserError(f"{path} ends after {len(values):,} numbers; Darknet-53 has {self.numbers:,}: the file is "
+                            "cut short or holds another network.")
         for block in convs:
             for name in ("bias", "weight", "running_mean", "running_var"):
                 state.append((getattr(block.bn, name), values[taken:taken + block.bn.num_features]))
@@ -515,21 +516,32 @@ def load_weights(model, path, leaky_init=False):
     return {key: value for key, value in data.items() if key != "state"}
 
 
-def read_converted(path):
-    """The dict in a converted weight file, its checksums and types verified. Raises UserError."""
+def read_torch(path):
+    """What a `torch.save`d file holds, on the CPU, tensors and plain types alone.
+
+    Raises UserError for a file that is damaged (its checksums are verified) or that only code could rebuild.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path} is damaged: its part {damaged} fails the checksum.")
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `python -m data_prep.weights --help` tells how to make it.") from None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path} is damaged: its part {damaged[:80]} fails the checksum; fetch it again.")
+        with warnings.catch_warnings():  # about pickle's versions; what counts is whether the file is refused
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch's reader raises nearly anything on bytes that it did not write
-        raise UserError(f"cannot read {path} ({_first_line(error)}); published files are converted with "
-                        "`python -m data_prep.weights`.") from None
+    except Exception as error:  # zipfile, torch's readers and its unpickler raise nearly anything on hostile bytes
+        raise UserError(f"cannot read {path} as tensors alone ({_first_line(error)[:200]}); it is damaged, of another "
+                        "format, or asks for code to be run, which is refused.") from None
+
+
+def read_converted(path):
+    """The dict in a converted weight file, its checksums and types verified. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; `python -m data_prep.weights --help` tells how to make it.")
+    data = read_torch(path)
     types = {"kind": str, "config": dict, "state": dict, "source": str, "sha256": str, "leaky": bool}
     if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in types.items()):
         raise UserError(f"{path} was not written by `python -m data_prep.weights`; convert it with that.")

@@ -127,7 +127,7 @@ class Bert(nn.Module):
         x = x + table["position_embeddings"].weight[:ids.shape[1]]
         x = self.dropout(table["LayerNorm"](x))
         visible = attention_mask.bool()
-        visible = (visible | ~visible.any(1, keepdim=True))[:, None, None]  # softmax over nothing would be NaN
+        visible = (visible | ~visible.any(1, keepdim=True))[:, None, None]  # no kernel agrees on softmax over nothing
         for layer in self.encoder["layer"]:
             x = layer(x, visible)
         return x

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from common import backbones
-from common.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, load_augreg_npz, load_exactly, read_darknet
+from common.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, load_augreg_npz, load_exactly, read_darknet, read_torch
 from common.config import Parser, UserError, run
 from common.language import Bert, hf_names
 
@@ -97,24 +97,23 @@ def convert_darknet(path, args):
     """Darknet-53's trunk; decides by what lies behind it what the file was trained on."""
     header, values = read_darknet(path)
     model = backbones.Darknet53()
-    taken = model.load_darknet_stream(values, path)
-    rest = len(values) - taken
+    rest = len(values) - model.numbers
     left = [f"{rest:,} numbers behind the trunk"] if rest else []
     seen = f"its header counts {header['seen']:,} training images"
     if args.coco_minus and args.leaky_init:
         raise UserError("--coco-minus and --leaky-init contradict each other.")
-    if rest in (0, IMAGENET_CLASSIFIER):
-        what = "ImageNet's classifier" if rest else "nothing behind the trunk, as in ImageNet's darknet53.conv.74"
-        return model, left, [f"{what}; {seen}"]
     official = len(values) == YOLOV3 and header["seen"] == YOLOV3_SEEN
+    detector = rest > 0 and rest != IMAGENET_CLASSIFIER
     if official and not args.leaky_init:
         raise UserError(f"{path} is the official yolov3.weights, trained on images of RefCOCO's val and test splits; "
                         "take the COCO-minus weights, or say --leaky-init and have every result marked.")
-    if not (args.leaky_init or args.coco_minus):
+    if detector and not (args.leaky_init or args.coco_minus):
         raise UserError(f"{path} holds a detector ({rest:,} numbers behind the trunk; {seen}), and nothing in it tells "
                         "its training images: say --coco-minus if they leave out RefCOCO's val and test images, or "
                         "--leaky-init if they do not or you cannot tell.")
-    return model, left, [f"a detector; {seen}"]
+    model.load_darknet_stream(values, path)
+    what = "a detector" if detector else "ImageNet's classifier" if rest else "a trunk alone, as darknet53.conv.74"
+    return model, left, [f"{what}; {seen}"]
 
 
 def convert_resnet(path, args):
@@ -155,8 +154,8 @@ def convert_vit(path, args):
     dim, patch = kernel.shape[0], kernel.shape[-1]
     if not dim or dim % 64:
         raise UserError(f"{path} has a ViT of width {dim}; the widths of published ones are multiples of 64.")
-    if kernel.shape != (dim, 3, patch, patch) or not patch or positions.shape != (1, len(positions[0]), dim) \
-            or depth * 12 * dim * dim > _numbers(state):
+    if kernel.shape != (dim, 3, patch, patch) or not patch or positions.ndim != 3 \
+            or (positions.shape[0], positions.shape[2]) != (1, dim) or depth * 12 * dim * dim > _numbers(state):
         raise UserError(f"{path} is an incomplete ViT: its parts do not fit a width of {dim} and {depth} layers.")
     side = math.isqrt(max(positions.shape[1] - 1 - ("dist_token" in state), 0))
     pixels = args.pixels if args.pixels != "auto" else "half" if google else _vit_pixels(path, state)
@@ -173,8 +172,8 @@ def _vit_pixels(path, state):
         return "imagenet"
     if len(head) > 1000 or "augreg" in name:  # ImageNet-21k's classes
         return "half"
-    raise UserError(f"{path} does not tell its pixel normalisation, and a wrong one costs accuracy silently: say --pixels "
-                    "half for Google's AugReg weights (timm's vit_*_augreg), or --pixels imagenet for DeiT and DINO.")
+    raise UserError(f"{path} does not tell its pixel normalisation, and a wrong one costs accuracy silently: say "
+                    "--pixels half for Google's AugReg weights (timm's vit_*_augreg), --pixels imagenet for DeiT.")
 
 
 def convert_bert(path, args):
@@ -225,12 +224,7 @@ def read_state(path):
     if Path(path).suffix == ".safetensors":
         state = read_safetensors(path)
     else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch's readers raise nearly anything on hostile bytes
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"cannot read {path} as tensors alone ({reason[:200]}); it is damaged, or asks for code to "
-                            "be run, which is refused.") from None
+        state = read_torch(path)
         for key in ("model", "state_dict"):
             state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     tensors = {name.removeprefix("module."): value for name, value in state.items()

@@ -5,11 +5,10 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from transformers.models.detr.modeling_detr import DetrSinePositionEmbedding
 
-from common import backbones
+from common import backbones, layers
 from common.config import UserError
-
-TRUNK = 40_620_640  # numbers of Darknet-53's 52 convolutions with BatchNorm
 
 
 def same(ours, theirs, tolerance=1e-4):
@@ -62,7 +61,7 @@ def test_darknet_reads_the_binary_and_equals_timm(darknet, tmp_path, version, re
     theirs, stream = darknet
     ours = backbones.Darknet53().eval()
     path = weights_file(tmp_path / "w.weights", np.concatenate([stream, np.ones(rest)]), version)
-    assert ours.load_darknet(path) == TRUNK == len(stream)
+    assert ours.load_darknet(path) == 40_620_640 == len(stream)
     assert backbones.read_darknet(path)[0]["seen"] == 32_000_000
     images = torch.rand(1, 3, 96, 64)
     with torch.no_grad():
@@ -128,7 +127,8 @@ def test_swin_is_torchvisions():
     with torch.no_grad():
         features = ours(images)
         same(theirs.head(theirs.norm(features[32].permute(0, 2, 3, 1)).mean((1, 2))), theirs(images))
-    assert {s: f.shape[1:] for s, f in features.items()} == {s: (ours.channels[s], 96 // s, 64 // s) for s in (4, 8, 16, 32)}
+    assert {s: f.shape[1:] for s, f in features.items()} == {
+        s: (ours.channels[s], 96 // s, 64 // s) for s in (4, 8, 16, 32)}
 
 
 def test_small():
@@ -147,8 +147,8 @@ def test_small():
 # ---- ViT ----------------------------------------------------------------------------------------------------
 
 def tiny_vit(image_size=64, patch=16, **settings):
-    return shake(timm.models.VisionTransformer(img_size=image_size, patch_size=patch, embed_dim=64, depth=2, num_heads=4,
-                                               num_classes=5, **settings))
+    return shake(timm.models.VisionTransformer(img_size=image_size, patch_size=patch, embed_dim=64, depth=2,
+                                               num_heads=4, num_classes=5, **settings))
 
 
 def test_vit_equals_timm_at_its_native_size():
@@ -184,9 +184,10 @@ def test_vit_takes_positions_of_another_grid_and_drops_distillation():
 
 def test_vit_refuses_what_does_not_fit():
     state, model = tiny_vit().state_dict(), backbones.ViT(64, 16, 64, 2, 4)
-    for change, says in (({"norm.weight": None}, "lack norm.weight"), ({"surprise": torch.ones(1)}, "unknown.*surprise"),
+    for change, says in (({"norm.weight": None}, "lack norm.weight"), ({"pos_embed": torch.ones(3)}, "pos_embed"),
+                         ({"surprise": torch.ones(1)}, "unknown.*surprise"),
                          ({"cls_token": torch.ones(1, 1, 8)}, r"cls_token \(1, 1, 8\)"),
-                         ({"pos_embed": torch.ones(1, 12, 64)}, "pos_embed"), ({"pos_embed": torch.ones(3)}, "pos_embed")):
+                         ({"pos_embed": torch.ones(1, 12, 64)}, "pos_embed")):
         with pytest.raises(UserError, match=says):
             model.load_timm({name: value for name, value in {**state, **change}.items() if value is not None})
     with pytest.raises(ValueError, match="multiples of 16"):
@@ -242,11 +243,28 @@ def test_augreg_npz(tmp_path, prefix):
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"Transformer/encoderblock_1/LayerNorm_2/bias": None}, "has no array"), ({"conv_root/kernel": np.ones(2)}, "conv_root"),
-    ({"cls": np.array([{}], object)}, "cannot read"), ({"embedding/kernel": np.ones(5)}, "no AugReg"),
+    ({"Transformer/encoderblock_1/LayerNorm_2/bias": None}, "has no array"),
+    ({"conv_root/kernel": np.ones(2)}, "conv_root"), ({"cls": np.array([{}], object)}, "cannot read"),
+    ({"embedding/kernel": np.ones(5)}, "no AugReg"),
     ({"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/key/bias": np.ones(7)}, "no AugReg")])
 def test_augreg_refuses_other_files(tmp_path, change, says):
     arrays = {name: value for name, value in {**augreg(tiny_vit()), **change}.items() if value is not None}
     np.savez(tmp_path / "w.npz", **arrays)
     with pytest.raises(UserError, match=says):
         backbones.load_augreg_npz(tmp_path / "w.npz")
+
+
+# ---- position encodings -------------------------------------------------------------------------------------
+
+def test_sine_positions_are_detrs():
+    theirs = DetrSinePositionEmbedding(8, normalize=True)
+    expected = theirs(torch.Size([1, 3, 5, 7]), torch.device("cpu"), torch.float32, torch.ones(1, 5, 7, dtype=torch.bool))
+    expected = expected[0].movedim(0, -1) if expected.ndim == 4 else expected[0].unflatten(0, (5, 7))
+    same(layers.sine_positions(5, 7, 16), expected)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        layers.sine_positions(5, 7, 18)
+
+
+def test_coordinates_are_cell_centres():
+    grid = layers.coordinates(2, 4, torch.zeros(1))
+    assert grid[0, 0].tolist() == [[-0.75, -0.25, 0.25, 0.75]] * 2 and grid[0, 1].tolist() == [[-0.5] * 4, [0.5] * 4]

@@ -49,8 +49,8 @@ def peers(**settings):
     theirs = BertModel(config).eval()
     for parameter in theirs.parameters():
         parameter.data += torch.randn_like(parameter) * 0.02
-    return theirs, Bert(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size,
-                        config.vocab_size, config.max_position_embeddings).eval()
+    return theirs, Bert(config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+                        config.intermediate_size, config.vocab_size, config.max_position_embeddings).eval()
 
 
 TINY = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=96, vocab_size=50,

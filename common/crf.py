@@ -1,0 +1,268 @@
+"""Dense CRF: mean field with Gaussian edges between all pixels (Krähenbühl and Koltun, NeurIPS 2011).
+
+The Gaussian filters run on a permutohedral lattice (Adams, Baek and Davis, 2010) that is held as sparse
+matrices: splat S, one blur [1/2 1 1/2] for each of the d+1 axes, slice S'. A filter is their product, so
+all masks of an image are columns of one right-hand side and the lattice is built once for them.
+
+Two Potts labels need only one column. With `t = 2q - 1 = tanh(logit / 2)` the mean field of foreground
+against background is `logit = unary + sum_k w_k K_k t`, exactly; K_k is the filter after the symmetric
+normalisation N K N, N = diag(1 / sqrt(K 1)), that is pydensecrf's default.
+"""
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+# The two sets of constants that the field uses; DeepLab's are those of its second version on VOC.
+PRESETS = {
+    "krahenbuhl": {"iterations": 10, "gaussian": (3, 3), "bilateral": (80, 13, 10)},
+    "deeplab": {"iterations": 10, "gaussian": (1, 3), "bilateral": (67, 3, 4)},
+}
+CLIP = 1e-5  # a probability of 0 or 1 would be a unary that no neighbour can outvote
+COLUMNS = 8  # masks filtered at once: more of them fall out of the cache
+_KEY_LIMIT = 2 ** 62
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: Fibonacci hashing
+
+
+def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10), exclusive=False):
+    """Refine masks by mean field; all masks of one image share one lattice.
+
+    image: uint8 (H, W, 3), RGB. prob: (K, H, W) in 0..1, numpy or a torch tensor; the result is float32 of the same
+    kind, shape and device. `gaussian` is (sigma_xy, weight), `bilateral` is (sigma_xy, sigma_rgb, weight), sigmas in
+    pixels and in grey levels of 0..255; a weight of 0 leaves a kernel out. Without `exclusive` the K masks are K
+    independent foregrounds against their own background; with it they are one distribution over K labels (a
+    background among them), normalised here. Raises ValueError for other shapes, types, ranges or non-finite values.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"image must be uint8 (H, W, 3) and not empty, not {image.dtype} {image.shape}")
+    if getattr(prob, "ndim", None) != 3 or tuple(prob.shape[1:]) != image.shape[:2]:
+        raise ValueError(f"prob must be (K, {image.shape[0]}, {image.shape[1]}) like the image, "
+                         f"not {tuple(getattr(prob, 'shape', ()))}")
+    if isinstance(iterations, bool) or int(iterations) != iterations or iterations < 0:
+        raise ValueError(f"iterations must be a whole number >= 0, not {iterations!r}")
+    if len(gaussian) != 2 or len(bilateral) != 3:
+        raise ValueError("gaussian is (sigma_xy, weight) and bilateral is (sigma_xy, sigma_rgb, weight), "
+                         f"not {gaussian!r} and {bilateral!r}")
+    *sigmas, = (gaussian[0], *bilateral[:2])
+    weights = [gaussian[1], bilateral[2]]
+    if not (np.isfinite(sigmas + weights).all() and min(sigmas) > 0 and min(weights) >= 0):
+        raise ValueError(f"sigmas must be positive and weights not negative: {gaussian!r}, {bilateral!r}")
+    if prob.shape[0] == 0:
+        return prob * 1
+    if not (prob.min() >= -1e-3 and prob.max() <= 1 + 1e-3):
+        raise ValueError("prob must hold probabilities in 0..1, without NaN")
+
+    # The lattice of a kernel that weighs nothing is not built.
+    kernels = [(_spatial_lattice(*image.shape[:2], float(gaussian[0])), weights[0])] if weights[0] else []
+    if weights[1]:
+        kernels.append((build_lattice(_features(image, *map(float, bilateral[:2]))), weights[1]))
+    field = _exclusive if exclusive else _binary
+    if isinstance(prob, np.ndarray):
+        columns = np.asarray(prob, np.float32).reshape(len(prob), -1).T
+        return np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(prob.shape)
+
+    import torch  # only a caller that holds a tensor pays for this import
+    with torch.no_grad():
+        kernels = [(lattice.torch(prob.device), weight) for lattice, weight in kernels]
+        columns = prob.detach().float().reshape(len(prob), -1).T
+        return field(torch, columns, kernels, iterations).T.reshape(prob.shape).contiguous()
+
+
+# ---- mean field ---------------------------------------------------------------------------------------------
+
+
+def _binary(xp, prob, kernels, iterations):
+    """K foregrounds, each against its background: prob (N, K) -> (N, K); `xp` is numpy or torch."""
+    half = (xp.log(prob.clip(CLIP, 1)) - xp.log((1 - prob).clip(CLIP, 1))) / 2
+    refined = []
+    for first in range(0, half.shape[1], COLUMNS):
+        unary = half[:, first:first + COLUMNS]
+        t = xp.tanh(unary)
+        for _ in range(iterations):
+            logit = unary
+            for lattice, weight in kernels:
+                logit = logit + (weight / 2) * lattice.filter(t)
+            t = xp.tanh(logit)
+        refined.append((1 + t) / 2)
+    return xp.concatenate(refined, 1)
+
+
+def _exclusive(xp, prob, kernels, iterations):
+    """One distribution over the K columns: prob (N, K) -> (N, K) with rows that sum to 1 (Eq. 4 of the paper)."""
+    unary = xp.log(prob.clip(CLIP, 1))
+    q = _softmax(xp, unary)
+    for _ in range(iterations):
+        logit = unary
+        for lattice, weight in kernels:
+            logit = logit + weight * lattice.filter(q)
+        q = _softmax(xp, logit)
+    return q
+
+
+def _softmax(xp, logit):
+    e = xp.exp(logit - xp.amax(logit, 1)[:, None])
+    return e / e.sum(1)[:, None]
+
+
+# ---- the lattice --------------------------------------------------------------------------------------------
+
+
+class Lattice(NamedTuple):
+    """A Gaussian filter with symmetric normalisation, as sparse matrices over M lattice vertices."""
+    splat: object  # (M, N), d+1 entries a pixel
+    blurs: list  # d+1 times (M, M)
+    slice: object  # (N, M)
+
+    def filter(self, x):
+        """(N, K) -> (N, K)."""
+        x = self.splat @ x
+        for blur in self.blurs:
+            x = blur @ x
+        return self.slice @ x
+
+    def torch(self, device):
+        """The same matrices as torch's CSR tensors; gathers only, so the result is the same in every run."""
+        import torch
+
+        def convert(matrix):
+            matrix = matrix.tocsr()
+            return torch.sparse_csr_tensor(torch.from_numpy(matrix.indptr), torch.from_numpy(matrix.indices),
+                                           torch.from_numpy(matrix.data), matrix.shape, device=device)
+        return Lattice(convert(self.splat), [convert(blur) for blur in self.blurs], convert(self.slice))
+
+
+@lru_cache(maxsize=8)
+def _spatial_lattice(height, width, sigma):
+    """The lattice of the pixel positions; it depends on the size alone, and a data set has few sizes."""
+    return build_lattice(_positions(height, width, sigma))
+
+
+def _positions(height, width, sigma):
+    """x / sigma and y / sigma of every pixel: float32 (2, H*W)."""
+    grid = np.empty((2, height, width), np.float32)
+    grid[0] = np.arange(width, dtype=np.float32) / np.float32(sigma)
+    grid[1] = np.arange(height, dtype=np.float32)[:, None] / np.float32(sigma)
+    return grid.reshape(2, -1)
+
+
+def _features(image, sigma_xy, sigma_rgb):
+    """Position and colour of every pixel, each over its sigma: float32 (5, H*W)."""
+    colours = image.reshape(-1, 3).T.astype(np.float32, order="C") / np.float32(sigma_rgb)
+    return np.concatenate([_positions(*image.shape[:2], sigma_xy), colours])
+
+
+def build_lattice(features):
+    """The lattice of N points with unit variance: features float32 (d, N) -> Lattice.
+
+    Points are lifted to d+1 coordinates E of sum zero, in units of d+1 (Adams et al., Sec. 3). With cell = floor(E)
+    and the fractions sorted downwards, t_0 >= ... >= t_d, the simplex of a point is a walk that starts at `cell`,
+    shifted to sum zero, and takes one step along the axis of t_0, then of t_1, and so on; its barycentric weights
+    are 1 - t_0 + t_d, t_0 - t_1, ..., t_(d-1) - t_d. One step along axis j is also what the blur needs.
+    """
+    d, n = features.shape
+    j = np.arange(d)
+    basis = np.triu(np.ones((d + 1, d)))
+    basis[j + 1, j] = -(j + 1)
+    basis *= np.sqrt(2 / 3 / ((j + 1) * (j + 2)))
+    lifted = basis.astype(np.float32) @ features  # (d+1, N)
+    cell = np.floor(lifted)
+    lifted -= cell
+
+    # The axis rides in the three lowest bits of its fraction, so that minima and maxima sort both at once.
+    order = (lifted * np.float32(2 ** 27)).astype(np.int32) << 3
+    order |= np.arange(d + 1, dtype=np.int32)[:, None]
+    for last in range(d, 0, -1):
+        for i in range(last):
+            low = np.minimum(order[i], order[i + 1])
+            np.maximum(order[i], order[i + 1], out=order[i])
+            order[i + 1] = low
+    weights = np.empty((n, d + 1), np.float32)
+    weights[:, 0] = 2 ** 30 - order[0] + order[d]
+    weights[:, 1:] = (order[:-1] - order[1:]).T
+    weights *= np.float32(2 ** -30)
+
+    # A vertex is one integer, linear in its first d coordinates, so that a step along an axis adds a constant.
+    cell = cell.astype(np.int64)
+    spans = [(d + 1) * (int(row.max()) - int(row.min()) + 6) for row in cell[:d]]
+    strides = [1]
+    for span in spans:
+        strides.append(strides[-1] * span)
+    if strides.pop() > _KEY_LIMIT:
+        raise ValueError("the sigmas are too small for an image of this size: its lattice has no 64-bit numbering")
+    steps = np.array([(d + 1) * stride for stride in strides] + [0]) - sum(strides)
+    keys = np.empty((d + 1, n), np.int64)
+    keys[0] = steps @ cell
+    for i in range(d):
+        np.add(keys[i], steps[order[i] & 7], out=keys[i + 1])
+
+    vertex, distinct, find = _number(keys.ravel())
+    blurs = [_blur(find(distinct + step)) for step in steps]
+    indices = np.ascontiguousarray(vertex.reshape(d + 1, n).T)
+    slices = sparse.csr_array((weights.ravel(), indices.ravel(), np.arange(0, n * (d + 1) + 1, d + 1, dtype=np.int32)),
+                              shape=(n, len(distinct)))
+    mass = Lattice(slices.T, blurs, slices).filter(np.ones(n, np.float32))
+    weights /= np.sqrt(mass + np.float32(1e-20))[:, None]
+    return Lattice(slices.T, blurs, slices)
+
+
+def _number(keys):
+    """Number int64 `keys` in order of appearance: (number of each key, the M distinct keys, `find`).
+
+    `find(other)` gives the numbers of other keys, -1 for those not among `keys`. An open-addressed hash table,
+    filled for all keys at once: in each round those whose slot is taken by another key move one slot on.
+    """
+    heads = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))  # neighbours mostly share their vertices
+    runs = keys[heads]
+    bits = int(2 * len(runs)).bit_length()
+    table = np.full(1 << bits, -1, np.int32)
+    owner = np.empty(len(runs), np.int32)
+    pending, slot = np.arange(len(runs), dtype=np.int32), _slots(runs, bits)
+    while len(pending):
+        free = table[slot] < 0
+        table[slot[free]] = pending[free]
+        owner[pending] = taken = table[slot]
+        moved = runs[taken] != runs[pending]
+        pending, slot = pending[moved], (slot[moved] + 1) & (len(table) - 1)
+
+    first = np.flatnonzero(owner == np.arange(len(runs)))
+    number = np.empty(len(runs), np.int32)
+    number[first] = np.arange(len(first))
+    distinct = runs[first]
+    used = table >= 0
+    table[used] = number[table[used]]
+    lengths = np.diff(np.append(heads, len(keys)))
+
+    def find(other):
+        result = np.full(len(other), -1, np.int32)
+        pending, slot = np.arange(len(other)), _slots(other, bits)
+        while len(pending):
+            taken = table[slot]
+            known = taken >= 0
+            pending, slot, taken = pending[known], slot[known], taken[known]
+            same = distinct[taken] == other[pending]
+            result[pending[same]] = taken[same]
+            pending, slot = pending[~same], (slot[~same] + 1) & (len(table) - 1)
+        return result
+    return np.repeat(number[owner], lengths), distinct, find
+
+
+def _slots(keys, bits):
+    """The upper bits of key * odd constant: (..., ) int64 -> int64 in 0..2^bits."""
+    return ((keys.view(np.uint64) * _MIX) >> np.uint64(64 - bits)).view(np.int64)
+
+
+def _blur(up):
+    """[1/2 1 1/2] along one axis, `up` (M,) the next vertex or -1: vertices that no pixel touches do not exist."""
+    m = len(up)
+    columns = np.full((m, 3), -1, np.int32)
+    columns[:, 0] = np.arange(m)
+    columns[:, 1] = up
+    has = np.flatnonzero(up >= 0)
+    columns[up[has], 2] = has
+    there = columns >= 0
+    indptr = np.zeros(m + 1, np.int32)
+    np.cumsum(there.sum(1), out=indptr[1:])
+    data = np.broadcast_to(np.array([1, 0.5, 0.5], np.float32), (m, 3))[there]
+    return sparse.csr_array((data, columns[there], indptr), shape=(m, m))

@@ -31,6 +31,7 @@ Where the paper is silent
 import math
 import signal
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,11 +61,13 @@ def get_parser():
     add = parser.add_argument_group("input").add_argument
     add("--size", type=int, default=416, help="side of the square input, a multiple of 32; Sec. 4.1, Table 6")
     parser.switch(None, "squash", False, "stretch the image to the square instead of padding it")
-    add("--max-words", type=int, default=15, help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.1")
+    add("--max-words", type=int, default=15, help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.1. 0: blind to the sentence, a control")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--backbone", choices=("darknet53", "resnet50", "resnet101", "small"), default="darknet53", help="Sec. 4.1")
+    add("--finest-stride", type=int, choices=(4, 8), default=8,
+        help="stride of F_m3; 8 in Sec. 3.1, 4 for small pictures (P_mask then has half the input's size)")
     add("--weights", default="data/weights/darknet53_coco_minus.pt",
         help="file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
@@ -104,9 +107,11 @@ def frontend(args, vocabulary):
 
 
 # ---- model --------------------------------------------------------------------------------------------------
-# Shapes: B images, E sentences, L words, D = --dim channels, A = --aspp-dim; maps at strides 8 (h,w), 16 and 32.
+# Shapes: B images, E sentences, L words, D = --dim channels, A = --aspp-dim. F_m3 is (h,w) at --finest-stride (8 in the
+# paper), F_m2 and F_m1 at two and four times that stride, P_mask at half of it.
 
-BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101), "small": Small}
+BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
+             "small": lambda: Small(24, (1, 2, 3))}
 
 
 class LTS(nn.Module):
@@ -116,18 +121,24 @@ class LTS(nn.Module):
         super().__init__()
         half = args.dim // 2
         self.threshold, self.use = args.threshold, args
-        self.backbone = BACKBONES[args.backbone]().requires_grad_(not args.freeze_backbone)
+        self.backbone = BACKBONES[args.backbone]()
+        if args.freeze_backbone:
+            self.backbone.requires_grad_(False)
         self.language = BiGRU(vocabulary_size, hidden=args.text_dim // 2)
-        channels = self.backbone.channels
-        self.visual1 = ConvNormAct(channels[32], args.dim, 1)     # g(F_v1 W_v1), Eq. 5
-        self.visual2 = ConvNormAct(channels[16], half, 1)         # g(F_v2 W_v2), Eq. 7
-        self.visual3 = ConvNormAct(channels[8], half, 1)          # g(F_v3 W_v3), Eq. 7
+        self.strides = [4 * args.finest_stride, 2 * args.finest_stride, args.finest_stride]  # of F_v1, F_v2, F_v3
+        if not set(self.strides) <= set(self.backbone.strides):
+            raise UserError(f"--finest-stride {args.finest_stride} needs features at {self.strides}; --backbone "
+                            f"{args.backbone} has {list(self.backbone.strides)}.")
+        channels = [self.backbone.channels[stride] for stride in self.strides]
+        self.visual1 = ConvNormAct(channels[0], args.dim, 1)   # g(F_v1 W_v1), Eq. 5
+        self.visual2 = ConvNormAct(channels[1], half, 1)       # g(F_v2 W_v2), Eq. 7
+        self.visual3 = ConvNormAct(channels[2], half, 1)       # g(F_v3 W_v3), Eq. 7
         if args.fusion:
             self.textual = nn.Linear(args.text_dim, args.dim)  # W_t, Eq. 5
         elif not args.filter:
             raise UserError("--no-fusion --no-filter leaves the sentence no way into the model.")
-        self.merge1 = ConvNormAct(args.dim, half, 1)              # g(F_m1 W_m1), Eq. 7
-        self.merge2 = ConvNormAct(args.dim, half, 1)              # g(F_m2 W_m2), Eq. 7
+        self.merge1 = ConvNormAct(args.dim, half, 1)           # g(F_m1 W_m1), Eq. 7
+        self.merge2 = ConvNormAct(args.dim, half, 1)           # g(F_m2 W_m2), Eq. 7
         maps = 0
         if args.filter:
             self.locator = TransformerLocator(args.dim, args.text_dim) if args.locator == "transformer" else \
@@ -141,23 +152,25 @@ class LTS(nn.Module):
     def encode_image(self, images):
         """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> the three g(F_v W_v)."""
         features = self.backbone(normalise(images, self.backbone.mean, self.backbone.std))
-        return {32: self.visual1(features[32]), 16: self.visual2(features[16]), 8: self.visual3(features[8])}
+        v1, v2, v3 = (features[stride] for stride in self.strides)
+        return self.visual1(v1), self.visual2(v2), self.visual3(v3)
 
     def forward(self, images, image_of, text):
-        """images (B,3,H,W), image_of (E,), text (E,L) ids -> dict of logits: `mask` (E,H/4,W/4) and `heats` n x (E,h,w)."""
+        """images (B,3,H,W), image_of (E,), text (E,L) ids -> dict of logits: `mask` (E,2h,2w) and `heats` n x (E,h,w)."""
         return self.decode(self.encode_image(images), image_of, text)
 
     def decode(self, features, image_of, text):
         """The part that depends on the sentence; features from `encode_image`, the rest as in `forward`."""
+        visual1, visual2, visual3 = features
         states, known = self.language(text)
         sentence = mean_over_words(states, known)                                        # (E, text_dim), Eq. 3
-        fused1 = features[32][image_of]                                                  # (E, D, h/4, w/4)
+        fused1 = visual1[image_of]                                                       # (E, D, h/4, w/4)
         if self.use.fusion:
             fused1 = fused1 * F.leaky_relu(self.textual(sentence), 0.1)[..., None, None]  # Eq. 5
-        fused2 = torch.cat([_up(self.merge1(fused1)), features[16][image_of]], 1)        # (E, D, h/2, w/2), Eq. 6-7
+        fused2 = torch.cat([_up(self.merge1(fused1)), visual2[image_of]], 1)             # (E, D, h/2, w/2), Eq. 6-7
         # F_m3 = concat(up(coarse), fine[image_of]), Eq. 6-7, is kept in its two parts: what is pointwise or even-dilated
         # acts on `coarse` at a quarter of the cells and on `fine` once per image, with the very same result.
-        fused3 = Fused(self.merge2(fused2), features[8], image_of)                       # (E, D/2, h/2, w/2), (B, D/2, h, w)
+        fused3 = Fused(self.merge2(fused2), visual3, image_of)                           # (E, D/2, h/2, w/2), (B, D/2, h, w)
         heats = self.locator(fused3, sentence, states, known) if self.use.filter else []
         if self.use.seg:
             priors = heats if self.use.filter_chain == "parallel" else heats[-1:]
@@ -167,8 +180,8 @@ class LTS(nn.Module):
         return {"mask": mask, "heats": heats}
 
     def segment(self, features, image_of, text, targets=None):
-        """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,H/4,W/4) in the input's frame, its threshold,
-        and the heat map where the model has one."""
+        """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,2h,2w) in the input's frame, its threshold, and
+        the heat map where the model has one."""
         out = self.decode(features, image_of, text)
         result = {"prob": out["mask"].sigmoid(), "threshold": self.threshold}
         if out["heats"]:
@@ -266,9 +279,8 @@ class Segmenter(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(min(8, width // 4), width) for _ in range(len(rates) + 1))
         self.overall = nn.Linear(dim + maps, width)
         self.project = ConvNormAct(width * (len(rates) + 2), width, 1)
-        self.deconvolution = nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1)
-        self.read = nn.Conv2d(width // 2, 1, 1)
-        nn.init.constant_(self.read.bias, -2.0)  # foreground is rare: start near its share of the cells
+        self.deconvolution = nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1)
+        nn.init.constant_(self.deconvolution.bias, -2.0)  # foreground is rare: start near its share of the cells
 
     def forward(self, fused, priors):
         """fused: F_m3; priors: heat maps' logits, each (E,h,w) -> P_mask's logits (E,2h,2w)."""
@@ -279,8 +291,7 @@ class Segmenter(nn.Module):
         means += [prior.mean((2, 3))] if prior is not None else []
         overall = F.leaky_relu(self.overall(torch.cat(means, 1)), 0.1)
         branches.append(overall[..., None, None].expand(-1, -1, *branches[0].shape[2:]))
-        x = F.leaky_relu(self.deconvolution(self.project(torch.cat(branches, 1))), 0.1)
-        return self.read(x).squeeze(1)
+        return self.deconvolution(self.project(torch.cat(branches, 1))).squeeze(1)
 
     @staticmethod
     def split(conv, fused, prior):
@@ -300,9 +311,10 @@ def build_model(args, vocabulary):
 
 # ---- targets and losses -------------------------------------------------------------------------------------
 
-def make_targets(example):
-    """In a loader worker: the share of each stride-4 and stride-8 cell that the mask covers, (E,H/4,W/4), (E,H/8,W/8)."""
-    return {"mask": example.frame.masks_in(example.masks, 4), "heat": example.frame.masks_in(example.masks, 8)}
+def make_targets(example, finest_stride):
+    """In a loader worker: the share of each cell of P_mask (E,2h,2w) and of H_mask (E,h,w) that the mask covers."""
+    mask = example.frame.masks_in(example.masks, finest_stride // 2)
+    return {"mask": mask, "heat": F.avg_pool2d(mask, 2)}
 
 
 def loss_terms(out, targets, args):
@@ -350,7 +362,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
-    wrapped = DistributedDataParallel(model) if ranks.world > 1 else model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
     forward = torch.compile(wrapped) if args.compile else wrapped
 
     plan = lambda epoch: data.plan_epoch(train_set, epoch, args.seed, args.batch_size,  # noqa: E731
@@ -399,21 +411,21 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
                     for name, term in terms.items():
                         sums[name] = sums.get(name, 0) + term.detach()
                 scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(parameters, args.clip or float("inf"))
+                norm = nn.utils.clip_grad_norm_(parameters, args.clip or float("inf")).item()
                 # one reduction tells every rank the losses and whether any of them was asked to stop
                 shared = torch.stack([*sums.values(), torch.tensor(float(stopping()), device=ranks.device)]).double()
                 *values, stop = distributed.total(ranks, shared).tolist()
                 losses = {name: value / sentences for name, value in zip(sums, values)}
-                if not math.isfinite(sum(values)):
+                if not math.isfinite(sum(values)) or not (scaler.is_enabled() or math.isfinite(norm)):
                     images = [int(train_set.image_ids[key[1]]) for key in keys]
-                    raise UserError(f"the loss is not finite at step {step + 1} ({losses}), on images {images}; lower --lr or "
-                                    f"set --clip, then go on from the last checkpoint in {folder} with --resume.")
+                    raise UserError(f"the loss is not finite at step {step + 1} ({losses}, gradient {norm}), on images {images}; "
+                                    f"lower --lr or set --clip. The last checkpoint in {folder} is from before.")
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 numbers = lambda: {"loss": sum(losses.values()), **losses, "lr": rate,  # noqa: E731
-                                   "grad": float(norm), "GB": runlog.memory(ranks.device)}
+                                   "grad": norm, "GB": runlog.memory(ranks.device)}
                 log.step(numbers)
                 if step % args.log_every == 0 or step == steps:
                     log.write({"step": step, "epoch": epoch, "seconds": log.seconds(), **numbers()})
@@ -456,7 +468,7 @@ def snapshot(args, model, vocabulary, step, best):
 def check_same_run(state, args, folder):
     """Refuse to resume a run under settings that would make it another one. Raises UserError."""
     free = {"yaml", "resume", "out", "name", "workers", "device", "eval_every", "save_every", "log_every", "eval_splits",
-            "eval_batch_size", "data_root", "max_steps", "compile"}
+            "eval_batch_size", "data_root", "compile", "leaky_init"}
     if state["script"] != Path(__file__).stem:
         raise UserError(f"{folder} is a run of {state['script']}.py, not of {Path(__file__).name}.")
     changed = [key for key, value in vars(args).items() if key not in free and state["args"].get(key) != value]
@@ -504,20 +516,24 @@ def main(argv=None):
         glove = Path(args.data_root) / args.dataset / "words.npz"
         known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
         train_path = data.split_path(args.data_root, args.dataset, "train")
-        train_set = data.RefDataset(train_path, None, None, make_targets, args.flip, args.seed)
+        train_set = data.RefDataset(train_path, None, None, partial(make_targets, finest_stride=args.finest_stride), args.flip,
+                                    args.seed)
         vocabulary = Vocabulary.build(train_set.texts, known)
         train_set.encode, train_set.canvas = frontend(args, vocabulary)
         val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
 
         model = build_model(args, vocabulary)
-        if args.weights != "none":
+        if state:
+            args.leaky_init = state["args"]["leaky_init"]
+        elif args.weights != "none":
             args.leaky_init = load_weights(model.backbone, args.weights, args.leaky_init)["leaky"]
-        if vectors is not None:
+        if vectors is not None and not state:
             model.language.load_vectors(vocabulary, known, vectors)
         train(args, ranks, folder, state, model, vocabulary, train_set, val_set)
 
         from eval import main as evaluate_run  # the same program that a user runs afterwards
-        evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device], ranks)
+        evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
+                      "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
     finally:
         distributed.finish()
 

@@ -228,23 +228,24 @@ class Small(nn.Module):
     """A narrow CNN that learns the embedded corpora from scratch on a CPU; no paper's.
 
     Reads x and y of each pixel besides RGB (CoordConv, Liu et al., 2018), since sentences name places.
-    width: channels at stride 4; they double with the stride. 0.4 million parameters at 16.
+    width: channels at stride 4; they double with the stride. blocks: residual blocks at stride 4, 8, 16, …, one number
+    for each stride that is wanted. 0.4 million parameters at the defaults.
     """
-    strides = (4, 8, 16, 32)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, width=16):
+    def __init__(self, width=16, blocks=(1, 1, 1, 1)):
         super().__init__()
+        self.strides = tuple(4 * 2 ** i for i in range(len(blocks)))
         self.channels = {stride: width * stride // 4 for stride in self.strides}
         self.stem = nn.Sequential(ConvNormAct(5, width, 3, 2), ConvNormAct(width, width, 3, 2))
         widths = list(self.channels.values())
-        self.stages = nn.ModuleList()
-        for before, after, blocks in zip([width] + widths, widths, (2, 2, 2, 1)):
-            first = ResidualBlock(before, after, 1 if before == after else 2)
-            self.stages.append(nn.Sequential(first, *(ResidualBlock(after, after) for _ in range(blocks - 1))))
+        self.stages = nn.ModuleList(
+            nn.Sequential(ResidualBlock(before, after, 1 if i == 0 else 2),
+                          *(ResidualBlock(after, after) for _ in range(blocks[i] - 1)))
+            for i, (before, after) in enumerate(zip([width] + widths, widths)))
 
     def forward(self, images):
-        """images (B,3,H,W), normalised -> {4, 8, 16, 32: (B, channels[stride], H/stride, W/stride)}."""
+        """images (B,3,H,W), normalised -> {stride: (B, channels[stride], H/stride, W/stride)}."""
         place = coordinates(*images.shape[-2:], images).expand(len(images), -1, -1, -1)
         x, features = self.stem(torch.cat([images, place], 1)), {}
         for stride, stage in zip(self.strides, self.stages):

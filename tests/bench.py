@@ -7,13 +7,25 @@ A ratio above 1 means that we are faster (or smaller). Times are the median of s
 two sides, after one round of warming up. The plain forms stand in this file and say what they stand for.
 """
 import argparse
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+import skimage.data
 import torch
+from PIL import Image
 
 import train_lts
+from common import data
+from common.backbones import Darknet53
 from common.config import parse
+from common.masks import encode
 from common.text import Vocabulary
 
 SENTENCES_PER_IMAGE = 7.2  # RefCOCO val: 10,834 sentences over 1,500 images
@@ -62,6 +74,60 @@ def grouped_evaluation_lts():
     ours, plain, shared = seconds(grouped, by_sentence, vision, rounds=3)
     each = plain / n - shared / 5  # what a sentence costs beside the image's encoding
     return {"ratio": plain / ours, "bound": plain / (shared + n * each), "ours s": ours, "plain s": plain}
+
+
+def synthetic_corpus(root, images=17_000, objects=42_000, expressions=120_000):
+    """A train.json of RefCOCO's size over one photograph, 640x480; returns its path."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    Image.fromarray(skimage.data.astronaut()).resize((640, 480)).save(root / "images" / "x.jpg", quality=92)
+    disc = (np.hypot(*(np.mgrid[:480, :640] - [[[240]], [[320]]])) < 90)
+    rle = encode(disc)
+    image_of = rng.integers(0, images, objects)
+    object_of = rng.integers(0, objects, expressions)
+    words = ["left", "right", "man", "woman", "red", "shirt", "the", "in", "dog", "on"]
+    prepared = {
+        "meta": {"dataset": "big", "split": "train", "image_root": "images"},
+        "images": [{"id": i, "file_name": "x.jpg", "width": 640, "height": 480} for i in range(images)],
+        "objects": [{"id": i, "image_id": int(image_of[i]), "category_id": 1, "bbox": [230, 150, 180, 180], "area": 25000,
+                     "iscrowd": 0, "mask": rle} for i in range(objects)],
+        "expressions": [{"id": i, "ref_id": int(o), "image_id": int(image_of[o]), "object_ids": [int(o)],
+                         "text": " ".join(rng.choice(words, 4))} for i, o in enumerate(object_of)]}
+    (root / "train.json").write_text(json.dumps(prepared))
+    return root / "train.json"
+
+
+@row
+def corpus_of_refcoco_size():
+    """Opening 120,000 sentences, 17,000 images and 42,000 objects; the peer is the bare json.load of the same file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = synthetic_corpus(Path(folder))
+        code = ("import resource, sys, time; from common import data; before = resource.getrusage(0).ru_maxrss; "
+                "t = time.perf_counter(); data.RefDataset(sys.argv[1], None, None); "
+                "print(time.perf_counter() - t, (resource.getrusage(0).ru_maxrss - before) / 1e6)")
+        taken, gigabytes = map(float, subprocess.run([sys.executable, "-c", code, str(path)], check=True,
+                                                     capture_output=True, text=True).stdout.split())
+        (plain,) = seconds(lambda: json.loads(path.read_text()), rounds=3)
+    return {"ratio": plain / taken, "seconds": taken, "GB": gigabytes}
+
+
+@row
+def loader_against_darknet():
+    """Training samples at 416 from one loader worker, against Darknet-53's forward pass on the same images."""
+    vocabulary = Vocabulary(["man"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = synthetic_corpus(Path(folder), 200, 400, 1200)
+        dataset = data.RefDataset(path, lambda text: vocabulary.encode(text, 15), data.Canvas(416),
+                                  partial(train_lts.make_targets, finest_stride=8))
+        plan = data.plan_epoch(dataset, 0, 0, 8, 1, "ref")[:6]
+        backbone = Darknet53().eval()
+        images = torch.rand(8, 3, 416, 416)
+
+        def forward():
+            with torch.inference_mode():
+                backbone(images)
+        fed, eaten = seconds(lambda: [None for _ in data.load(dataset, plan, 0)], forward, rounds=3)
+    return {"ratio": eaten / (fed / len(plan)), "feeds images/s": 8 * len(plan) / fed, "Darknet eats images/s": 8 / eaten}
 
 
 def main():

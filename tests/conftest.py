@@ -9,7 +9,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
-TINY = ["--yaml", "yaml/lts_refshapes.yaml", "--size", "64", "--dim", "16", "--text-dim", "16", "--aspp-dim", "8",
+TINY = ["--yaml", "yaml/lts_refshapes.yaml", "--size", "32", "--dim", "16", "--text-dim", "16", "--aspp-dim", "8",
         "--batch-size", "4", "--workers", "0", "--eval-splits", "val", "--amp", "off"]
 
 

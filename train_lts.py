@@ -278,7 +278,8 @@ class Segmenter(nn.Module):
         self.dilated = nn.ModuleList(nn.Conv2d(dim + maps, width, 3, padding=r, dilation=r, bias=False) for r in rates)
         self.norms = nn.ModuleList(nn.GroupNorm(min(8, width // 4), width) for _ in range(len(rates) + 1))
         self.overall = nn.Linear(dim + maps, width)
-        self.project = ConvNormAct(width * (len(rates) + 2), width, 1)
+        self.project = nn.Conv2d(width * (len(rates) + 2), width, 1, bias=False)
+        self.norm = nn.GroupNorm(min(8, width // 4), width)
         self.deconvolution = nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1)
         nn.init.constant_(self.deconvolution.bias, -2.0)  # foreground is rare: start near its share of the cells
 
@@ -289,9 +290,11 @@ class Segmenter(nn.Module):
                     for conv, norm in zip([self.point, *self.dilated], self.norms)]
         means = [fused.coarse.mean((2, 3)), fused.fine.mean((2, 3))[fused.image_of]]
         means += [prior.mean((2, 3))] if prior is not None else []
-        overall = F.leaky_relu(self.overall(torch.cat(means, 1)), 0.1)
-        branches.append(overall[..., None, None].expand(-1, -1, *branches[0].shape[2:]))
-        return self.deconvolution(self.project(torch.cat(branches, 1))).squeeze(1)
+        overall = F.leaky_relu(self.overall(torch.cat(means, 1)), 0.1)[..., None, None]      # (E, A, 1, 1)
+        # the projection of the branches' concatenation, as the sum of each one's own
+        x = sum(F.conv2d(branch, weight) for branch, weight in
+                zip([*branches, overall], self.project.weight.split(overall.shape[1], 1)))
+        return self.deconvolution(F.leaky_relu(self.norm(x), 0.1)).squeeze(1)
 
     @staticmethod
     def split(conv, fused, prior):

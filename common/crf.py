@@ -8,7 +8,9 @@ Two Potts labels need only one column. With `t = 2q - 1 = tanh(logit / 2)` the m
 against background is `logit = unary + sum_k w_k K_k t`, exactly; K_k is the filter after the symmetric
 normalisation N K N, N = diag(1 / sqrt(K 1)), that is pydensecrf's default.
 """
+import warnings
 from functools import lru_cache
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,8 @@ PRESETS = {
 }
 CLIP = 1e-5  # a probability of 0 or 1 would be a unary that no neighbour can outvote
 COLUMNS = 8  # masks filtered at once: more of them fall out of the cache
-_KEY_LIMIT = 2 ** 62
+_KEY_LIMIT = 2 ** 62  # int64
+_FEATURE_LIMIT = 2 ** 16  # float32 leaves a fraction of 7 bits beyond it
 _MIX = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: Fibonacci hashing
 
 
@@ -32,42 +35,39 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
     kind, shape and device. `gaussian` is (sigma_xy, weight), `bilateral` is (sigma_xy, sigma_rgb, weight), sigmas in
     pixels and in grey levels of 0..255; a weight of 0 leaves a kernel out. Without `exclusive` the K masks are K
     independent foregrounds against their own background; with it they are one distribution over K labels (a
-    background among them), normalised here. Raises ValueError for other shapes, types, ranges or non-finite values.
+    background among them), normalised here. Takes some 600 bytes of memory a pixel, and 8 more for each mask. Raises
+    ValueError for other shapes, types, ranges and for values that are not finite.
     """
-    image = np.asarray(image)
+    image = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise ValueError(f"image must be uint8 (H, W, 3) and not empty, not {image.dtype} {image.shape}")
-    if getattr(prob, "ndim", None) != 3 or tuple(prob.shape[1:]) != image.shape[:2]:
-        raise ValueError(f"prob must be (K, {image.shape[0]}, {image.shape[1]}) like the image, "
-                         f"not {tuple(getattr(prob, 'shape', ()))}")
-    if isinstance(iterations, bool) or int(iterations) != iterations or iterations < 0:
+    shape = tuple(getattr(prob, "shape", ()))
+    if len(shape) != 3 or shape[1:] != image.shape[:2]:
+        raise ValueError(f"prob must be (K, {image.shape[0]}, {image.shape[1]}) like the image, not {shape}")
+    if not isinstance(iterations, Integral) or iterations < 0:
         raise ValueError(f"iterations must be a whole number >= 0, not {iterations!r}")
     if len(gaussian) != 2 or len(bilateral) != 3:
         raise ValueError("gaussian is (sigma_xy, weight) and bilateral is (sigma_xy, sigma_rgb, weight), "
                          f"not {gaussian!r} and {bilateral!r}")
-    *sigmas, = (gaussian[0], *bilateral[:2])
-    weights = [gaussian[1], bilateral[2]]
+    sigmas, weights = [gaussian[0], *bilateral[:2]], [gaussian[1], bilateral[2]]
     if not (np.isfinite(sigmas + weights).all() and min(sigmas) > 0 and min(weights) >= 0):
         raise ValueError(f"sigmas must be positive and weights not negative: {gaussian!r}, {bilateral!r}")
-    if prob.shape[0] == 0:
-        return prob * 1
-    if not (prob.min() >= -1e-3 and prob.max() <= 1 + 1e-3):
+    if shape[0] and not (prob.min() >= -1e-3 and prob.max() <= 1 + 1e-3):  # resampling may overshoot a little
         raise ValueError("prob must hold probabilities in 0..1, without NaN")
 
-    # The lattice of a kernel that weighs nothing is not built.
-    kernels = [(_spatial_lattice(*image.shape[:2], float(gaussian[0])), weights[0])] if weights[0] else []
+    kernels = [(_spatial_lattice(*shape[1:], float(gaussian[0])), weights[0])] if weights[0] else []
     if weights[1]:
         kernels.append((build_lattice(_features(image, *map(float, bilateral[:2]))), weights[1]))
     field = _exclusive if exclusive else _binary
     if isinstance(prob, np.ndarray):
-        columns = np.asarray(prob, np.float32).reshape(len(prob), -1).T
-        return np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(prob.shape)
+        columns = prob.astype(np.float32).reshape(shape[0], shape[1] * shape[2]).T
+        return np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(shape)
 
     import torch  # only a caller that holds a tensor pays for this import
     with torch.no_grad():
         kernels = [(lattice.torch(prob.device), weight) for lattice, weight in kernels]
-        columns = prob.detach().float().reshape(len(prob), -1).T
-        return field(torch, columns, kernels, iterations).T.reshape(prob.shape).contiguous()
+        columns = prob.float().reshape(shape[0], shape[1] * shape[2]).T
+        return field(torch, columns, kernels, iterations).T.reshape(shape).contiguous()
 
 
 # ---- mean field ---------------------------------------------------------------------------------------------
@@ -75,22 +75,24 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
 
 def _binary(xp, prob, kernels, iterations):
     """K foregrounds, each against its background: prob (N, K) -> (N, K); `xp` is numpy or torch."""
-    half = (xp.log(prob.clip(CLIP, 1)) - xp.log((1 - prob).clip(CLIP, 1))) / 2
-    refined = []
-    for first in range(0, half.shape[1], COLUMNS):
-        unary = half[:, first:first + COLUMNS]
+    refined = xp.empty_like(prob)
+    for first in range(0, prob.shape[1], COLUMNS):
+        part = prob[:, first:first + COLUMNS]
+        unary = (xp.log(part.clip(CLIP, 1)) - xp.log((1 - part).clip(CLIP, 1))) / 2
         t = xp.tanh(unary)
         for _ in range(iterations):
-            logit = unary
+            half = unary  # of the logit
             for lattice, weight in kernels:
-                logit = logit + (weight / 2) * lattice.filter(t)
-            t = xp.tanh(logit)
-        refined.append((1 + t) / 2)
-    return xp.concatenate(refined, 1)
+                half = half + (weight / 2) * lattice.filter(t)
+            t = xp.tanh(half)
+        refined[:, first:first + COLUMNS] = (1 + t) / 2
+    return refined
 
 
 def _exclusive(xp, prob, kernels, iterations):
-    """One distribution over the K columns: prob (N, K) -> (N, K) with rows that sum to 1 (Eq. 4 of the paper)."""
+    """One distribution over the K columns: prob (N, K) -> (N, K) with rows that sum to 1."""
+    if prob.shape[1] == 0:
+        return prob
     unary = xp.log(prob.clip(CLIP, 1))
     q = _softmax(xp, unary)
     for _ in range(iterations):
@@ -129,8 +131,11 @@ class Lattice(NamedTuple):
         def convert(matrix):
             matrix = matrix.tocsr()
             return torch.sparse_csr_tensor(torch.from_numpy(matrix.indptr), torch.from_numpy(matrix.indices),
-                                           torch.from_numpy(matrix.data), matrix.shape, device=device)
-        return Lattice(convert(self.splat), [convert(blur) for blur in self.blurs], convert(self.slice))
+                                           torch.from_numpy(matrix.data), matrix.shape, device=device,
+                                           check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return Lattice(convert(self.splat), [convert(blur) for blur in self.blurs], convert(self.slice))
 
 
 @lru_cache(maxsize=8)
@@ -169,7 +174,7 @@ def build_lattice(features):
         lifted[j] = tail - j * scaled
         tail += scaled
     lifted[0] = tail
-    cell = np.floor(lifted * np.float32(1 / (d + 1)))
+    cell = np.rint(lifted * np.float32(1 / (d + 1)))
     lifted -= cell * (d + 1)
 
     # d - axis rides in the three lowest bits of the fraction, so that minima and maxima sort both at once. Of equal
@@ -193,8 +198,8 @@ def build_lattice(features):
     strides = [1]
     for span in spans:
         strides.append(strides[-1] * span)
-    if strides.pop() > _KEY_LIMIT:
-        raise ValueError("the sigmas are too small for an image of this size: its lattice has no 64-bit numbering")
+    if strides.pop() > _KEY_LIMIT or features.max() > _FEATURE_LIMIT:
+        raise ValueError("a sigma is too small: the lattice of this image is too fine for its numbers")
     steps = np.array([(d + 1) * stride for stride in strides] + [0]) - sum(strides)
     keys = np.empty((d + 1, n), np.int64)
     keys[0] = steps @ cell

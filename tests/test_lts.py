@@ -70,7 +70,8 @@ def test_segmenter_equals_its_plain_form(rates, flags):
     branches = [F.leaky_relu(norm(conv(x)), 0.1) for conv, norm in
                 zip([segmenter.point, *segmenter.dilated], segmenter.norms)]
     overall = F.leaky_relu(segmenter.overall(x.mean((2, 3))), 0.1)[..., None, None].expand_as(branches[0])
-    expected = segmenter.deconvolution(segmenter.project(torch.cat([*branches, overall], 1))).squeeze(1)
+    x = F.leaky_relu(segmenter.norm(segmenter.project(torch.cat([*branches, overall], 1))), 0.1)
+    expected = segmenter.deconvolution(x).squeeze(1)
     assert torch.allclose(segmenter(fused, priors), expected, atol=1e-5)
 
 

@@ -57,7 +57,7 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
 
     kernels = [(_spatial_lattice(*shape[1:], float(gaussian[0])), weights[0])] if weights[0] else []
     if weights[1]:
-        kernels.append((build_lattice(_features(image, *map(float, bilateral[:2]))), weights[1]))
+        kernels.append((build_lattice(_features(image, *map(float, bilateral[:2])), shape[1] * shape[2]), weights[1]))
     field = _exclusive if exclusive else _binary
     if isinstance(prob, np.ndarray):
         columns = prob.astype(np.float32).reshape(shape[0], shape[1] * shape[2]).T
@@ -141,7 +141,7 @@ class Lattice(NamedTuple):
 @lru_cache(maxsize=8)
 def _spatial_lattice(height, width, sigma):
     """The lattice of the pixel positions; it depends on the size alone, and a data set has few sizes."""
-    return build_lattice(_positions(height, width, sigma))
+    return build_lattice(_positions(height, width, sigma), height * width)
 
 
 def _positions(height, width, sigma):
@@ -153,13 +153,19 @@ def _positions(height, width, sigma):
 
 
 def _features(image, sigma_xy, sigma_rgb):
-    """Position and colour of every pixel, each over its sigma: float32 (5, H*W)."""
-    colours = image.reshape(-1, 3).T.astype(np.float32, order="C") / np.float32(sigma_rgb)
-    return np.concatenate([_positions(*image.shape[:2], sigma_xy), colours])
+    """Position and colour of every pixel, each over its sigma: float32 (5, H*W), padded with zeros to blocks of four.
+
+    The authors' code pads so, and the vertices round that black point at the origin carry the blur of dark pixels.
+    """
+    pixels = image.shape[0] * image.shape[1]
+    features = np.zeros((5, pixels + -pixels % 4), np.float32)
+    features[:2, :pixels] = _positions(*image.shape[:2], sigma_xy)
+    features[2:, :pixels] = image.reshape(pixels, 3).T / np.float32(sigma_rgb)
+    return features
 
 
-def build_lattice(features):
-    """The lattice of N points with unit variance: features float32 (d, N) -> Lattice.
+def build_lattice(features, count):
+    """The lattice of N points for unit variance: features float32 (d, N or more) -> Lattice of the first N = `count`.
 
     Points are lifted to d+1 coordinates E of sum zero, in units of d+1 (Adams et al., Sec. 3). With cell = floor(E)
     and the fractions sorted downwards, t_0 >= ... >= t_d, the simplex of a point is a walk that starts at `cell`,
@@ -209,10 +215,10 @@ def build_lattice(features):
     vertex, distinct = _number(keys.ravel())
     _, tables = _hash(distinct)
     blurs = [_blur(_find(distinct, tables, distinct + step)) for step in steps]
-    indices = np.ascontiguousarray(vertex.reshape(d + 1, n).T)
-    slices = sparse.csr_array((weights.ravel(), indices.ravel(), np.arange(0, n * (d + 1) + 1, d + 1, dtype=np.int32)),
-                              shape=(n, len(distinct)))
-    mass = Lattice(slices.T, blurs, slices).filter(np.ones(n, np.float32))
+    weights, indices = weights[:count], np.ascontiguousarray(vertex.reshape(d + 1, n)[:, :count].T)
+    ends = np.arange(0, count * (d + 1) + 1, d + 1, dtype=np.int32)
+    slices = sparse.csr_array((weights.ravel(), indices.ravel(), ends), shape=(count, len(distinct)))
+    mass = Lattice(slices.T, blurs, slices).filter(np.ones(count, np.float32))
     weights /= np.sqrt(mass + np.float32(1e-20))[:, None]
     return Lattice(slices.T, blurs, slices)
 

@@ -169,3 +169,20 @@ def test_bad_input(trained, shapes, tmp_path, words, sentence):
     done = command(*(word.format(**places) for word in words))
     assert done.returncode == 2 and sentence in done.stderr, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+
+
+def test_real_samples(samples, tmp_path):
+    """COCO photographs with template sentences train; real RefCOCO sentences, which have no train split, are scored."""
+    root = tmp_path / "data"
+    templates, refcoco = samples / "coco_templates", samples / "refcoco_sample"
+    for folder, refs, images, name in ((templates, templates / "refs(template).p", templates / "images", "templates"),
+                                       (refcoco / "refcoco", refcoco / "refcoco" / "refs(unc).p",
+                                        refcoco / "images" / "train2014", "sample")):
+        ok(command("-m", "data_prep.refcoco", "--refs", refs, "--instances", folder / "instances.json", "--images", images,
+                   "--dataset", name, "--data-root", root))
+    out = tmp_path / "run"
+    ok(train(root, out, "--dataset", "templates", "--max-steps", "2", "--eval-splits", "testA"))
+    ok(command("eval.py", "--run", out, "--dataset", "sample", "--split", "val", "testA", "testB"))
+    counts = [json.loads((out / "eval" / f"sample_{split}.json").read_text())["n"] for split in ("val", "testA", "testB")]
+    refs = json.loads((root / "sample" / "val.json").read_text())["meta"]["counts"]
+    assert counts[0] == refs["expressions"] and all(counts)

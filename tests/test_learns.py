@@ -1,0 +1,29 @@
+"""The overfitting gate that every method passes: 16 images with their sentences are learnt to at least 90 mIoU. Slow."""
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import command
+
+
+@pytest.fixture
+def sixteen(tmp_path):
+    """A data root whose train and val are the same 16 images of RefShapes."""
+    from data_prep import refshapes
+    refshapes.SCALES["sixteen"] = {"train": 16, "val": 1, "testA": 1, "testB": 1, "pool": 1}
+    refshapes.make(tmp_path, scale="sixteen", jobs=1)
+    shutil.copy(tmp_path / "refshapes" / "train.json", tmp_path / "refshapes" / "val.json")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, yaml, flags", [
+    ("train_lts.py", "yaml/lts_refshapes.yaml", ["--epochs", "500"]),
+])
+def test_overfits_sixteen_images(sixteen, script, yaml, flags):
+    out = sixteen / "run"
+    done = command(script, "--yaml", yaml, "--data-root", sixteen, "--out", out, "--flip", "0", "--eval-every", "1000",
+                   "--eval-splits", "val", *flags, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "eval" / "refshapes_val.json").read_text())["mIoU"] >= 90

@@ -60,8 +60,8 @@ def get_parser(script=None):
 
 # ---- the run ------------------------------------------------------------------------------------------------
 
-def find_checkpoint(args):
-    """The checkpoint to score. Raises UserError where there is none."""
+def find_checkpoint(args, say):
+    """The checkpoint to score; `say` prints which run was found. Raises UserError where there is none."""
     if args.checkpoint:
         return Path(args.checkpoint)
     if args.run:
@@ -72,7 +72,8 @@ def find_checkpoint(args):
     found = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("there is no run below runs/ yet; train one, or name it with --run.")
-    print(f"newest run: {found[-1].parent}")
+    if say:
+        print(f"newest run: {found[-1].parent}")
     return found[-1]
 
 
@@ -83,8 +84,11 @@ def load_script(name):
     return importlib.import_module(name)
 
 
-def load_run(path, device):
-    """(script module, its settings, model on `device`, vocabulary, state) of a checkpoint."""
+def load_run(path, device, argv):
+    """(script, args, its settings, model on `device`, vocabulary, state) of a checkpoint.
+
+    A flag of evaluation that is a setting of the script, too, overrides it: what a script adds by `eval_flags`.
+    """
     state = checkpoint.load(path)
     script = load_script(state["script"])
     parser = script.get_parser()
@@ -96,10 +100,14 @@ def load_run(path, device):
     if unknown:
         raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
     vars(settings).update(state["args"])
+    args = parse(get_parser(script), argv)
+    added = set(vars(args)) - set(vars(get_parser().parse_args([])))
+    vars(settings).update({key: value for key, value in vars(args).items()
+                           if key in added and key in vars(settings) and value is not None})
     vocabulary = script.make_vocabulary(state["vocabulary"])
     model = script.build_model(settings, vocabulary)
     checkpoint.load_model(model, state, path)
-    return script, settings, model.to(device).eval(), vocabulary, state
+    return script, args, settings, model.to(device).eval(), vocabulary, state
 
 
 # ---- splits -------------------------------------------------------------------------------------------------
@@ -108,7 +116,8 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     """Evaluate one split, write its json and jsonl, and return (summary, rows, dataset)."""
     root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
     data.require(root, name, [split], script.EMBEDDED_YAML)
-    dataset = data.RefDataset(data.split_path(root, name, split), *script.frontend(settings, vocabulary))
+    targets = script.eval_targets(args, settings) if hasattr(script, "eval_targets") else None
+    dataset = data.RefDataset(data.split_path(root, name, split), *script.frontend(settings, vocabulary), targets)
     if args.shuffle_expressions:
         dataset = metrics.shuffled(dataset)
     suffix = "".join([f"_{args.protocol}" if args.protocol != "original" else "",
@@ -265,12 +274,11 @@ def main(argv=None, ranks=None):
     """Score, or answer about --image. A training script passes its own `ranks` when it calls this at its end."""
     argv = sys.argv[1:] if argv is None else list(argv)
     known, _ = get_parser().parse_known_args(argv)
-    path = find_checkpoint(known)
     started_here = ranks is None
     ranks = ranks or distributed.start(known.device)
     try:
-        script, settings, model, vocabulary, state = load_run(path, ranks.device)
-        args = parse(get_parser(script), argv)
+        path = find_checkpoint(known, ranks.main)
+        script, args, settings, model, vocabulary, state = load_run(path, ranks.device, argv)
         if args.image:
             return describe_picture(args, script, settings, model, vocabulary, ranks.device)
         scored = [score_split(args, ranks, path, split, script, settings, model, vocabulary, state)

@@ -223,14 +223,15 @@ class RefDataset(torch.utils.data.Dataset):
     """One split of a prepared corpus; `dataset[(epoch, image, expressions)]` is one image with those expressions.
 
     path: the split's json. encode: sentence -> list of ids. canvas: Canvas. targets: Example -> {name: tensor}, each with
-    one row per expression, or None. flip: the probability of mirroring image and sentence. Masks of the original frame
-    are delivered when `original` is true (evaluation).
+    one row per expression, or None. flip: the probability of mirroring image and sentence. augment: Example -> Frame, a
+    random scale or crop that may look at the masks, or None. Masks of the original frame are delivered when `original`
+    is true (evaluation).
     Raises UserError where the file is missing or is no prepared corpus.
     """
 
-    def __init__(self, path, encode, canvas, targets=None, flip=0.0, seed=0, original=False):
+    def __init__(self, path, encode, canvas, targets=None, flip=0.0, seed=0, augment=None, original=False):
         self.path, self.encode, self.canvas, self.targets = Path(path), encode, canvas, targets
-        self.flip, self.seed, self.original = flip, seed, original
+        self.flip, self.seed, self.augment, self.original = flip, seed, augment, original
         self._read(_load_json(self.path))
 
     def _read(self, prepared):
@@ -324,14 +325,17 @@ class RefDataset(torch.utils.data.Dataset):
 
     def _sample(self, epoch, image, expressions):
         rng = np.random.default_rng((self.seed, epoch, int(expressions[0]) if len(expressions) else image))
-        frame = self.canvas.frame(*map(int, self.sizes[image]))
-        if self.flip and rng.random() < self.flip:
-            frame = replace(frame, flipped=True)
-        texts = [swap_left_right(self.texts[e]) if frame.flipped else self.texts[e] for e in expressions]
         masks = None
-        if self.targets or self.original:
+        if self.targets or self.augment or self.original:
             masks = np.stack([self.expression_mask(e) for e in expressions])
-        targets = self.targets(Example(self, image, expressions, masks, frame, rng)) if self.targets else {}
+        example = Example(self, image, expressions, masks, self.canvas.frame(*map(int, self.sizes[image])), rng)
+        if self.augment:
+            example.frame = self.augment(example)
+        if self.flip and rng.random() < self.flip:
+            example.frame = replace(example.frame, flipped=True)
+        frame = example.frame
+        texts = [swap_left_right(self.texts[e]) if frame.flipped else self.texts[e] for e in expressions]
+        targets = self.targets(example) if self.targets else {}
         return {"image": frame.image_in(self.picture(image), self.canvas.fill), "ids": [self.encode(text) for text in texts],
                 "frame": frame, "expressions": expressions, "targets": targets,
                 "masks": torch.from_numpy(masks) if self.original else None}

@@ -618,6 +618,19 @@ class _Arrays(pickle._Unpickler):
              **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
              **{(f"numpy.{core}.numeric", "_frombuffer"): _wrapped for core in ("core", "_core")}}
 
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self):
+        """Give an array its contents; attributes of a dict, such as torch's `_metadata`, are left out."""
+        if isinstance(self.stack[-2], OrderedDict):
+            self.stack.pop()
+        elif isinstance(self.stack[-2], (_Array, _Dtype)):
+            super().load_build()
+        else:
+            raise UserError("sets attributes of what is no array; it is refused")
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module, name):
         if (module, name) not in self.names:
             raise UserError(f"asks Python for {module[:60]}.{name[:60]}, which no weight file needs; it is refused")

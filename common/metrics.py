@@ -84,10 +84,12 @@ def box_iou(a, b):
     return torch.where(union > 0, inter / union.clamp(min=1e-9), torch.zeros_like(inter))
 
 
-def predict(model, batch, options=None):
-    """`segment` on the features of `encode_image`: the model's dict, with `prob (E,h,w)` in the network's frame."""
-    features = model.encode_image(batch.images)
-    return model.segment(features, batch.image_of, batch.text, **(options or {}))
+def predict(model, batch):
+    """`segment` on the features of `encode_image`: the model's dict, with `prob (E,h,w)` in the network's frame.
+
+    Targets go along only where the dataset makes them, for oracles.
+    """
+    return model.segment(model.encode_image(batch.images), batch.image_of, batch.text, targets=batch.targets or None)
 
 
 def autocast(device, amp):
@@ -100,6 +102,8 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
              limit=0, refine=None, progress=True, on_batch=None):
     """Score `model` on every expression of `dataset` (or on those of the first `limit` images).
 
+    The model's dict has `prob (E,h,w)` and `threshold`; a method may add `boxes (E,4)` xyxy in the network's frame, scored
+    for REC instead of the boxes round its masks, and `heat` {name: (E,h,w)}, whose maxima are scored as pointing.
     model: has `encode_image` and `segment`. threshold: None takes the one that `segment` names. refine: function
     (image (3,H,W) uint8, prob (E,H,W)) -> prob, the dense CRF for example. on_batch(batch, output, masks): called with
     the predicted masks, a list of (E_i,H,W) bool per image. Batches are formed before they are dealt to the ranks, so
@@ -107,7 +111,7 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
     """
     was_training = model.training
     model.eval()
-    dataset = dataset.view(targets=None, flip=0.0, original=True)
+    dataset = dataset.view(flip=0.0, augment=None, original=True)
     batches = data.plan_evaluation(dataset, batch_size)
     batches = _first_images(batches, limit) if limit else batches
     mine = distributed.deal(ranks, batches)
@@ -131,7 +135,8 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
             masks = prob >= limit_
             kept.append(masks)
             heat = {name: value[of_image.to(ranks.device)].float() for name, value in output.get("heat", {}).items()}
-            rows += _rows(dataset, batch.index[of_image], masks, truth, prob, limit_, heat, frame, protocol)
+            boxes = frame.boxes_img(output["boxes"][of_image.to(ranks.device)]) if "boxes" in output else boxes_of(masks)
+            rows += _rows(dataset, batch.index[of_image], masks, truth, prob, limit_, boxes, heat, frame, protocol)
         if on_batch is not None:
             on_batch(batch, output, kept)
     rows = [row for share in distributed.gather(ranks, rows) for row in share]
@@ -150,7 +155,7 @@ def _first_images(batches, limit):
     return [batch for batch in kept if batch]
 
 
-def _rows(dataset, index, masks, truth, prob, threshold, heat, frame, protocol):
+def _rows(dataset, index, masks, truth, prob, threshold, boxes, heat, frame, protocol):
     """A dict per expression of one image."""
     inter, union = areas(*_by_protocol(masks, truth, prob, threshold, frame, protocol))
     if protocol == "seqtr640":
@@ -161,7 +166,7 @@ def _rows(dataset, index, masks, truth, prob, threshold, heat, frame, protocol):
     if protocol == "lavt480":
         union = torch.where(union == 0, torch.ones_like(union), union)  # LAVT scores an empty union 0
     annotated = torch.from_numpy(np.stack([dataset.expression_box(e) for e in index])).to(masks.device)
-    rec = box_iou(boxes_of(masks).double(), annotated)
+    rec = box_iou(boxes.double(), annotated)
     area = truth.flatten(1).sum(1)
     hits = {f"hit_{name}": _hits(value, truth, frame) for name, value in heat.items()}
     columns = [inter.tolist(), union.tolist(), rec.tolist(), area.tolist()]

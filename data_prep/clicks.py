@@ -175,6 +175,14 @@ def make(data_root, dataset, splits=None, snap=False, superpixels=("train",), se
     return meta
 
 
+def is_complete(data_root, dataset, splits=("train",)):
+    """Whether clicks.json is there, and a file of superpixels for every image of `splits`; `make` looks closer."""
+    if not (Path(data_root) / dataset / "clicks.json").is_file():
+        return False
+    ids = (i for split in splits for i in RefDataset(split_path(data_root, dataset, split), None, None).image_ids)
+    return all(superpixel_path(data_root, dataset, i).is_file() for i in ids)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument

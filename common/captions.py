@@ -1,10 +1,10 @@
 """Scores of generated expressions (REG): CIDEr-D, METEOR, and the tokens that both are counted in.
 
-CIDEr-D (Vedantam, Zitnick and Parikh, CVPR 2015, Sec. 7) as the evaluation code of COCO captions computes it, where it is
-called CIDEr: clipped counts, a Gaussian penalty on the difference in length with sigma 6, n-grams of 1 to 4
-words averaged, times 10, without stemming. Two of that code's habits belong to every published figure: the
-length is the number of bigrams, and a sentence of fewer than four words has no 4-grams to match, so that an
-exact match of one word scores 2.5 and of four or more words 10.
+CIDEr-D (Vedantam, Zitnick and Parikh, CVPR 2015) as the evaluation code of COCO captions computes it, where
+it is called CIDEr: clipped counts, a Gaussian penalty on the difference in length with sigma 6, n-grams of 1
+to 4 words averaged, times 10, without stemming. Two of that code's habits belong to every published figure:
+the length is the number of bigrams, and a sentence of fewer than four words has no 4-grams to match, so that
+an exact match of one word scores 2.5 and of four or more words 10.
 """
 import re
 import shutil
@@ -20,7 +20,8 @@ import numpy as np
 from common.config import UserError
 
 SIGMA = 6.0
-_BRACKETS = str.maketrans({"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "})
+_BRACKETS = str.maketrans({"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ",
+                           "{": " -lcb- ", "}": " -rcb- "})
 _JOINED = re.compile(r"\b(can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|lem(?=me\b)|gim(?=me\b))")
 _CLITIC = re.compile(r"(?<=[^\W\d_])(?=n't\b)|(?<=\w)(?='(?:s|m|d|re|ve|ll)\b)")
 _TOKEN = re.compile(r"""-[lr][rsc]b-                              # a bracket
@@ -164,24 +165,25 @@ def meteor(hypotheses, references):
     for hypothesis, document in zip(_sentences(hypotheses), references):
         if not document:
             raise ValueError(f"item {len(lines)} has no reference")
-        # `|||` separates the fields of a line
-        fields = [" ".join(" ".join(tokens).replace("|||", " ").split()) for tokens in (*_sentences(document), hypothesis)]
-        lines.append(" ||| ".join(["SCORE", *fields]))
+        sentences = [" ".join(tokens) for tokens in (*_sentences(document), hypothesis)]
+        # fields are separated by `|||`, requests by the end of the line
+        lines.append(" ||| ".join(["SCORE", *(" ".join(text.replace("|||", " ").split()) for text in sentences)]))
 
     command = ["java", "-Xmx2G", "-jar", str(_meteor_jar()), "-", "-", "-stdio", "-l", "en", "-norm"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          text=True, encoding="utf-8") as process:
-        try:
-            statistics = [_ask(process, line) for line in lines]
-            _ask(process, " ||| ".join(["EVAL", *statistics]))
-            for _ in lines[1:]:  # one line a sentence, then the aggregate
-                process.stdout.readline()
-            return float(process.stdout.readline())
-        except (OSError, ValueError):
-            raise UserError("METEOR's Java program ended early: try `java -version`, and see that 2 GiB of memory "
-                            "are free.") from None
-        finally:
-            process.kill()
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True, encoding="utf-8") as process:
+            try:
+                statistics = [_ask(process, line) for line in lines]
+                process.stdin.write(" ||| ".join(["EVAL", *statistics]) + "\n")
+                process.stdin.flush()
+                answers = [process.stdout.readline() for _ in range(len(lines) + 1)]  # the sentences', the aggregate
+            finally:
+                process.kill()
+        return float(answers[-1])
+    except (OSError, ValueError):
+        raise UserError("METEOR's Java program ended early: try `java -version`, and see that 2 GiB of memory are "
+                        "free.") from None
 
 
 def _ask(process, line):
@@ -192,11 +194,11 @@ def _ask(process, line):
 
 def _meteor_jar():
     package = find_spec("pycocoevalcap")
-    jars = [Path(folder) / "meteor" / "meteor-1.5.jar" for folder in package.submodule_search_locations] if package else []
-    jar = next((jar for jar in jars if jar.is_file()), None)
-    if jar is None:
-        raise UserError("METEOR needs its program, which the package pycocoevalcap brings: `pip install pycocoevalcap`.")
+    folders = package.submodule_search_locations if package else []
+    jars = [jar for jar in (Path(folder) / "meteor" / "meteor-1.5.jar" for folder in folders) if jar.is_file()]
+    if not jars:
+        raise UserError("METEOR's program comes with a package that is not installed: `pip install pycocoevalcap`.")
     if shutil.which("java") is None:
         raise UserError("METEOR needs Java, and there is no `java` on the PATH: install one (`apt-get install "
                         "default-jre-headless`).")
-    return jar
+    return jars[0]

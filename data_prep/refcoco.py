@@ -7,7 +7,7 @@ A refs file is a list of records {ref_id, ann_id, image_id, split, sentences: [{
 in REFER, JSON in gRefCOCO, where ann_id is a list and [-1] means that nothing in the image is meant. instances.json
 is COCO's. Pickles are read as plain data: lists, dictionaries, strings and numbers; anything that would import or
 call something is refused. Every sentence is kept, with its spelling; the parts of a mask are united; polygons are
-rasterised once, by COCO's own rule. One file `data/<dataset>/<split>.json` is written per split, holding the images
+rasterised once, by COCO's own rule; an object's `parts` is the number of its polygons. One file `data/<dataset>/<split>.json` is written per split, holding the images
 that have a sentence in it, all objects of those images, and the sentences. Same input, same bytes.
 """
 import hashlib
@@ -342,7 +342,8 @@ def object_entry(record, image, where, margin):
     if crowd not in (0, 1):
         raise UserError(f"{where}: field 'iscrowd' should be 0 or 1, not {show(crowd)}")
     return {"id": ann_id, "image_id": image["id"], "category_id": field(record, "category_id", int, where, default=0),
-            "bbox": box, "area": area, "iscrowd": crowd, "mask": rle}
+            "bbox": box, "area": area, "iscrowd": crowd, "mask": rle,
+            "parts": len(segmentation) if isinstance(segmentation, list) else 1}  # polygons, for --protocol seqtr640
 
 
 # ---- the corpus -----------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ class PixelDecoder(nn.Module):
             x = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1)          # (B, S, dim)
             positions = torch.cat([sine_positions(h, w, x.shape[-1], x.device).flatten(0, 1) + embed
                                    for (h, w), embed in zip(shapes, self.level_embed)])
-            places = torch.cat([_centres(h, w, x.device) for h, w in shapes])
+            places = torch.cat([centres(h, w, x.device) for h, w in shapes])
             for layer in self.layers:
                 if self.checkpoint_layers and torch.is_grad_enabled():
                     x = checkpoint(layer, x, positions, places, shapes, use_reentrant=False)
@@ -235,7 +235,7 @@ class PixelDecoder(nn.Module):
             return memory, self.mask_features(self.output(fine))
 
 
-def _centres(height, width, device):
+def centres(height, width, device):
     """(height*width, 2): x and y of the cells' centres in 0..1, row after row."""
     y, x = torch.meshgrid((torch.arange(height, device=device) + 0.5) / height,
                           (torch.arange(width, device=device) + 0.5) / width, indexing="ij")
@@ -297,26 +297,25 @@ class MaskedDecoder(nn.Module):
             values.append(level.flatten(2).transpose(1, 2) + embed)                          # (B, hw, dim)
             keys.append(values[-1] + sine_positions(*level.shape[-2:], level.shape[1], level.device).flatten(0, 1))
             # Resizing is linear: masks of resized features are the resized masks, at a fraction of the cost.
-            with torch.no_grad():
-                pixels.append(F.interpolate(mask_features, level.shape[-2:], mode="bilinear").flatten(2))
+            pixels.append(F.interpolate(mask_features.detach(), level.shape[-2:], mode="bilinear").flatten(2))
         x = self.query_feat.weight.expand(len(mask_features), -1, -1)
         earlier = []
         for i, layer in enumerate(self.layers):
             normed = self.decoder_norm(x)
+            embedding = self.mask_embed(normed)
             if aux:
-                earlier.append(self.predict(normed, mask_features))
-            with torch.no_grad():
-                blocked = self.mask_embed(normed) @ pixels[i % LEVELS] < 0
-                blocked &= ~blocked.all(-1, keepdim=True)      # an empty mask blocks nothing, softmax needs a place
+                earlier.append(self.predict(normed, embedding, mask_features))
+            blocked = embedding.detach() @ pixels[i % LEVELS] < 0
+            blocked &= ~blocked.all(-1, keepdim=True)  # an empty mask blocks nothing: softmax needs a place
             x = layer(x, self.query_embed.weight, keys[i % LEVELS], values[i % LEVELS], blocked)
         queries = self.decoder_norm(x)
-        outputs = {**self.predict(queries, mask_features), "queries": queries}
+        outputs = {**self.predict(queries, self.mask_embed(queries), mask_features), "queries": queries}
         return {**outputs, "aux": earlier} if aux else outputs
 
-    def predict(self, queries, mask_features):
-        """queries (B,N,dim) behind the norm -> class logits (B,N,C+1) and mask logits (B,N,H/4,W/4)."""
+    def predict(self, queries, embedding, mask_features):
+        """Class logits (B,N,C+1) and mask logits (B,N,H/4,W/4) of queries (B,N,dim) and their mask embeddings."""
         return {"pred_logits": self.class_embed(queries),
-                "pred_masks": torch.einsum("bnc,bchw->bnhw", self.mask_embed(queries), mask_features)}
+                "pred_masks": torch.einsum("bnc,bchw->bnhw", embedding, mask_features)}
 
 
 class Mask2Former(nn.Module):
@@ -368,7 +367,9 @@ class Mask2Former(nn.Module):
         """
         if not isinstance(self.backbone, NormedSwin):
             raise UserError("these weights are for a Swin, and the backbone is none.")
-        state = state.get("model", state)
+        state = state.get("model", state) if isinstance(state, dict) else None
+        if not isinstance(state, dict):
+            raise UserError("these are no Swin weights: they are not tensors under names.")
         renamed = self._renamed({f"backbone.body.{name}": value for name, value in state.items()},
                                 tuple((f"^backbone\\.body\\.{old}", f"backbone.body.{new}") for old, new in SWIN))
         body = {name.removeprefix("backbone.body."): value for name, value in renamed.items()}
@@ -505,9 +506,12 @@ def instances(logits, masks, resize, top=100):
     scores, best = prob.flatten().topk(min(top, prob.numel()))
     queries, labels = best // prob.shape[1], best % prob.shape[1]
     used, which = queries.unique(return_inverse=True)
-    resized = resize(masks[used].float())
-    inside = resized > 0
-    mean = (resized.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+    inside, mean = [], []
+    for part in masks[used].float().split(16):  # resized logits of all masks would fill memory on a large photograph
+        part = resize(part)
+        inside.append(part > 0)
+        mean.append((part.sigmoid() * inside[-1]).flatten(1).sum(1) / (inside[-1].flatten(1).sum(1) + 1e-6))
+    inside, mean = torch.cat(inside), torch.cat(mean)
     scores, order = (scores * mean[which]).sort(descending=True, stable=True)
     return {"labels": labels[order], "scores": scores, "masks": inside[which[order]], "queries": queries[order]}
 

@@ -1,10 +1,8 @@
 """CIDEr-D against pycocoevalcap, the tokens, and METEOR's program."""
 import json
-import os
 import random
 import re
 import shutil
-from statistics import mean
 
 import numpy as np
 import pytest
@@ -41,7 +39,8 @@ def test_equals_pycocoevalcap_on_random_corpora(items, words, low, high):
 
 def test_equals_pycocoevalcap_on_published_outputs(samples):
     rows = json.loads((samples / "reg" / "refcoco_val_uniref_golden.json").read_text())
-    rows = [row for row in rows if all(re.fullmatch("[a-z ]*[a-z][a-z ]*", text) for text in (*row["gts"], row["sent"]))]
+    letters = re.compile("[a-z ]*[a-z][a-z ]*")
+    rows = [row for row in rows if all(map(letters.fullmatch, [*row["gts"], row["sent"]]))]
     assert len(rows) > 3000
     hypotheses = [row["sent"].split() for row in rows]
     references = [[text.split() for text in row["gts"]] for row in rows]
@@ -88,30 +87,48 @@ def test_tokens_are_the_stanford_tokenizers(text, tokens):
     assert " ".join(tokenize(text)) == tokens
 
 
-def test_meteor_is_the_programs_aggregate():
-    pytest.importorskip("pycocoevalcap.meteor.meteor")
+@pytest.mark.slow
+def test_meteor_equals_pycocoevalcap():
+    program = pytest.importorskip("pycocoevalcap.meteor.meteor")
     if shutil.which("java") is None:
         pytest.skip("there is no java")
-    hypotheses = [["red", "bus"], [], ["man", "|||\n", "left"]]
+    hypotheses = [["red", "bus"], [], ["man", "left"]]
     references = [[["red", "bus"], ["bus"]], [["dog"]], [["left", "man"], ["boy"]]]
-    corpus_score = meteor(hypotheses, references)
-    each = [meteor([h], [r]) for h, r in zip(hypotheses[::2], references[::2])]
-    assert each[0] == 1 and 0 < each[1] < 1
-    assert 0 < corpus_score < 1 and corpus_score != pytest.approx(mean([*each, 0]))
+    expected, each = program.Meteor().compute_score(
+        {i: [" ".join(tokens) for tokens in document] for i, document in enumerate(references)},
+        {i: [" ".join(tokens)] for i, tokens in enumerate(hypotheses)})
+    assert meteor(hypotheses, references) == expected != pytest.approx(np.mean(each))
 
 
-@pytest.mark.parametrize("java, message", [(None, "no `java`"), ("#!/bin/sh\nexit 1\n", "ended early"),
-                                           ("#!/bin/sh\nread x\necho 1\necho 2\nexit 0\n", "ended early")])
-def test_meteor_says_what_it_lacks(java, message, tmp_path, monkeypatch):
+@pytest.fixture
+def java(tmp_path, monkeypatch):
+    """Install a pycocoevalcap without METEOR in it, and a shell script (or nothing) as `java`."""
     jar = tmp_path / "pycocoevalcap" / "meteor" / "meteor-1.5.jar"
     jar.parent.mkdir(parents=True)
     jar.touch()
     monkeypatch.setattr("common.captions.find_spec", lambda name: type("Spec", (), {
         "submodule_search_locations": [str(jar.parents[1])]}))
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
-    if java:
-        (tmp_path / "java").write_text(java)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def install(script):
+        (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "java").chmod(0o755)
+    return install
+
+
+def test_meteor_is_the_aggregate_and_fields_stay_apart(java, tmp_path):
+    java(f'''while read -r line; do echo "$line" >> {tmp_path}/asked
+case "$line" in SCORE*) echo 7;; *) echo 0.5; echo 0.7; echo 0.25;; esac; done''')
+    assert meteor([["a", "|||\n", "b"], []], [[["c"], ["d", "e"]], [["f"]]]) == 0.25
+    assert (tmp_path / "asked").read_text().splitlines() == ["SCORE ||| c ||| d e ||| a b", "SCORE ||| f |||",
+                                                             "EVAL ||| 7 ||| 7"]
+
+
+@pytest.mark.parametrize("script, message", [(None, "no `java`"), ("exit 1", "ended early"),
+                                             ("read -r line; echo 1; echo 2", "ended early")])
+def test_meteor_says_what_it_lacks(script, message, java, monkeypatch):
+    if script:
+        java(script)
     with pytest.raises(UserError, match=message):
         meteor([["a"], ["b"]], [[["a"]], [["b"]]])
     monkeypatch.setattr("common.captions.find_spec", lambda name: None)

@@ -359,7 +359,7 @@ def measure(side, px, rounds=4):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shapes = [(px // stride, px // stride) for stride in (32, 16, 8)]
-    places = torch.cat([mask2former._centres(h, w, "cpu") for h, w in shapes])
+    places = torch.cat([mask2former.centres(h, w, "cpu") for h, w in shapes])
     x, positions = torch.randn(1, len(places), 256, requires_grad=True), torch.randn(1, len(places), 256)
     if side == "ours":
         layer, rest = mask2former.DeformableLayer(256, 8, 1024), (positions, places, shapes)

@@ -28,12 +28,13 @@ class Oracle(torch.nn.Module):
 
 @pytest.mark.parametrize("protocol, half, low, high", [
     ("original", False, 97, 100), ("lavt480", False, 95, 100), ("seqtr640", False, 95, 100),
-    ("original", True, 40, 50), ("lavt480", True, 40, 50),
-    ("seqtr640", True, 52, 60),  # the released code forgives what is missing of masks in several parts
+    ("original", True, 45, 55), ("lavt480", True, 45, 55),
+    ("seqtr640", True, 95, 100),  # the released code forgives whatever is missing of masks in several parts
 ])
 def test_evaluate(shapes, protocol, half, low, high):
     dataset = data.RefDataset(data.split_path(shapes, "refshapes", "val"), lambda text: [1], Canvas(256),
                               lambda example: {"mask": example.frame.masks_in(example.masks)})
+    dataset.parts[:] = 2
     rows, _ = metrics.evaluate(Oracle(half), dataset, distributed.Ranks(0, 1, torch.device("cpu")), protocol=protocol)
     summary = metrics.summarise(rows, dataset)
     assert [row["sent_id"] for row in rows] == dataset.sent_ids.tolist() and low <= summary["mIoU"] <= high

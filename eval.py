@@ -14,6 +14,7 @@ import importlib
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 from common import checkpoint, data, distributed, metrics, pictures, runlog
 from common.config import REPOSITORY, Parser, UserError, parse, run, write_text
+from common.crf import PRESETS, dense_crf
 
 CASES = 10  # of the worst, the middle and the best each, for every split in the report
 
@@ -41,6 +43,8 @@ def get_parser(script=None):
     add = how.add_argument
     add("--protocol", choices=metrics.PROTOCOLS, default="original", help="score by another code base's rules")
     add("--threshold", type=float, default=None, help="binarise at this probability; empty: the method's own")
+    add("--crf", choices=tuple(PRESETS), default=None, help="refine the masks by a dense CRF with these constants; the "
+        "threshold is then 0.5")
     parser.switch(how, "shuffle-expressions", False, "control: score each sentence on another object of its image")
     add("--batch-size", type=int, default=16, help="images a forward pass")
     add("--workers", type=int, default=2, help="loader processes a rank")
@@ -101,6 +105,8 @@ def load_run(path, device, argv):
         raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
     vars(settings).update(state["args"])
     args = parse(get_parser(script), argv)
+    if args.crf and args.threshold is None:
+        args.threshold = 0.5
     added = set(vars(args)) - set(vars(get_parser().parse_args([])))
     vars(settings).update({key: value for key, value in vars(args).items()
                            if key in added and key in vars(settings) and value is not None})
@@ -121,12 +127,14 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     if args.shuffle_expressions:
         dataset = metrics.shuffled(dataset)
     suffix = "".join([f"_{args.protocol}" if args.protocol != "original" else "",
-                      "_shuffled" if args.shuffle_expressions else "", f"_first{args.limit}" if args.limit else ""])
+                      "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
+                      f"_first{args.limit}" if args.limit else ""])
     base = path.parent / "eval" / f"{name}_{split}{suffix}"
     writer = mask_writer(dataset, base.with_name(base.name + "_masks")) if args.save_masks else None
+    refine = partial(refine_by_crf, preset=args.crf) if args.crf else None
     rows, seconds = metrics.evaluate(model, dataset, ranks, args.batch_size, args.workers, args.amp, args.threshold,
-                                     args.protocol, args.limit, on_batch=writer)
-    used = {key: getattr(args, key) for key in ("protocol", "threshold", "limit", "shuffle_expressions", "amp")}
+                                     args.protocol, args.limit, refine, on_batch=writer)
+    used = {key: getattr(args, key) for key in ("protocol", "threshold", "crf", "limit", "shuffle_expressions", "amp")}
     summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | {"step": state["step"]})
     if getattr(settings, "leaky_init", False):
         summary["warning"] = "the backbone's weights were trained on images of the validation and test splits"
@@ -134,6 +142,11 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
         write_text(base.with_suffix(".json"), json.dumps(summary, indent=1))
         write_text(base.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     return summary, rows, dataset
+
+
+def refine_by_crf(picture, prob, preset):
+    """picture (3,H,W) uint8, prob (E,H,W) -> prob after mean field; all sentences of the image share one lattice."""
+    return dense_crf(picture.permute(1, 2, 0).contiguous().numpy(), prob, **PRESETS[preset])
 
 
 def mask_writer(dataset, folder):

@@ -197,9 +197,13 @@ class PKS(nn.Module):
             self.kernel_head = KernelHead(channels, args.dim, args.kernel_dim, args.kernel_convs)
             self.decoder = Decoder(channels, args.kernel_dim, STRIDES[:4])
         else:
-            if 4 not in self.strides:
-                raise UserError(f"--no-kernel decodes the fused features, which need level 1; --levels is {args.levels}.")
-            self.decoder = Decoder(args.dim, args.kernel_dim, [s for s in self.strides if s < 64])
+            used = [stride for stride in self.strides if stride < 64]
+            if not used:
+                raise UserError(f"--no-kernel decodes the fused features of levels 1 to 4, and --levels is {args.levels}.")
+            self.decoder = Decoder(args.dim, args.kernel_dim, used)
+            for stride, inner, layer in zip(STRIDES, self.backbone.fpn.inner_blocks, self.backbone.fpn.layer_blocks):
+                inner.requires_grad_(stride >= used[0])  # what no level reads would keep DDP waiting for its gradient
+                layer.requires_grad_(stride in used)
             self.read = nn.Conv2d(args.kernel_dim, 1, 1)
 
     def encode_image(self, images):
@@ -358,8 +362,8 @@ class FusionStep(nn.Module):
         sentence = sentence[..., None, None]
         if self.fusion == "multiply":
             return self.varphi_f(sentence * visual), None
-        # one layer over the concatenation is the sum of two, and the sentence's is the same in every cell
-        return self.varphi_f[1:](visual + sentence), None
+        _, norm, activation = self.varphi_f  # one layer over the concatenation is the sum of its halves' layers
+        return activation(norm(visual + sentence)), None
 
 
 class KernelHead(nn.Sequential):
@@ -376,7 +380,7 @@ class KernelHead(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """Panoptic FPN's decoder, Eq. 7: {stride: (N,channels,h,w)} of `strides`, the finest being 4 -> M (N,C,h,w) at stride 4."""
+    """Panoptic FPN's decoder, Eq. 7: {stride: (N,channels,h,w)}, of which it reads `strides` -> M (N,C,H/4,W/4)."""
 
     def __init__(self, channels, kernel_dim, strides):
         super().__init__()

@@ -49,24 +49,25 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
     if len(gaussian) != 2 or len(bilateral) != 3:
         raise ValueError("gaussian is (sigma_xy, weight) and bilateral is (sigma_xy, sigma_rgb, weight), "
                          f"not {gaussian!r} and {bilateral!r}")
-    sigmas, weights = [gaussian[0], *bilateral[:2]], [gaussian[1], bilateral[2]]
+    sigmas, weights = [float(gaussian[0]), *map(float, bilateral[:2])], [float(gaussian[1]), float(bilateral[2])]
     if not (np.isfinite(sigmas + weights).all() and min(sigmas) > 0 and min(weights) >= 0):
         raise ValueError(f"sigmas must be positive and weights not negative: {gaussian!r}, {bilateral!r}")
     if shape[0] and not (prob.min() >= -1e-3 and prob.max() <= 1 + 1e-3):  # resampling may overshoot a little
         raise ValueError("prob must hold probabilities in 0..1, without NaN")
 
-    kernels = [(_spatial_lattice(*shape[1:], float(gaussian[0])), weights[0])] if weights[0] else []
+    pixels = shape[1] * shape[2]
+    kernels = [(_spatial_lattice(*shape[1:], sigmas[0]), weights[0])] if weights[0] else []
     if weights[1]:
-        kernels.append((build_lattice(_features(image, *map(float, bilateral[:2])), shape[1] * shape[2]), weights[1]))
+        kernels.append((build_lattice(_features(image, *sigmas[1:]), pixels), weights[1]))
     field = _exclusive if exclusive else _binary
     if isinstance(prob, np.ndarray):
-        columns = prob.astype(np.float32).reshape(shape[0], shape[1] * shape[2]).T
+        columns = np.ascontiguousarray(prob.astype(np.float32).reshape(shape[0], pixels).T)
         return np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(shape)
 
     import torch  # only a caller that holds a tensor pays for this import
     with torch.no_grad():
         kernels = [(lattice.torch(prob.device), weight) for lattice, weight in kernels]
-        columns = prob.float().reshape(shape[0], shape[1] * shape[2]).T
+        columns = prob.float().reshape(shape[0], pixels).T.contiguous()
         return field(torch, columns, kernels, iterations).T.reshape(shape).contiguous()
 
 
@@ -167,12 +168,16 @@ def _features(image, sigma_xy, sigma_rgb):
 def build_lattice(features, count):
     """The lattice of N points for unit variance: features float32 (d, N or more) -> Lattice of the first N = `count`.
 
-    Points are lifted to d+1 coordinates E of sum zero, in units of d+1 (Adams et al., Sec. 3). With cell = floor(E)
-    and the fractions sorted downwards, t_0 >= ... >= t_d, the simplex of a point is a walk that starts at `cell`,
+    Points are lifted to d+1 coordinates E of sum zero, in units of d+1 (Adams et al.). With cell = round(E) and the
+    remainders E - cell sorted downwards, t_0 >= ... >= t_d, the simplex of a point is a walk that starts at `cell`,
     shifted to sum zero, and takes one step along the axis of t_0, then of t_1, and so on; its barycentric weights
-    are 1 - t_0 + t_d, t_0 - t_1, ..., t_(d-1) - t_d. One step along axis j is also what the blur needs.
+    are 1 - t_0 + t_d, t_0 - t_1, ..., t_(d-1) - t_d. The blur goes one such step to either side of a vertex. Raises
+    ValueError where the points lie so far apart that numbers run out.
     """
     d, n = features.shape
+    too_fine = "a sigma is too small: the lattice of this image is too fine for its numbers"
+    if features.max() > _FEATURE_LIMIT:
+        raise ValueError(too_fine)
     lifted = np.empty((d + 1, n), np.float32)
     tail = np.zeros(n, np.float32)
     for j in range(d, 0, -1):
@@ -183,8 +188,8 @@ def build_lattice(features, count):
     cell = np.rint(lifted * np.float32(1 / (d + 1)))
     lifted -= cell * (d + 1)
 
-    # d - axis rides in the three lowest bits of the fraction, so that minima and maxima sort both at once. Of equal
-    # fractions (a column x = 0, black pixels) the lower axis goes first, as in the authors' code: vertices of weight
+    # d - axis rides in the three lowest bits of the remainder, so that minima and maxima sort both at once. Of equal
+    # remainders (a column x = 0, black pixels) the lower axis goes first, as in the authors' code: vertices of weight
     # zero carry the blur on, so the choice shows in the result.
     order = (lifted * np.float32(2 ** 25)).astype(np.int32) << 3
     order |= np.arange(d, -1, -1, dtype=np.int32)[:, None]
@@ -204,8 +209,8 @@ def build_lattice(features, count):
     strides = [1]
     for span in spans:
         strides.append(strides[-1] * span)
-    if strides.pop() > _KEY_LIMIT or features.max() > _FEATURE_LIMIT:
-        raise ValueError("a sigma is too small: the lattice of this image is too fine for its numbers")
+    if strides.pop() > _KEY_LIMIT:
+        raise ValueError(too_fine)
     steps = np.array([(d + 1) * stride for stride in strides] + [0]) - sum(strides)
     keys = np.empty((d + 1, n), np.int64)
     keys[0] = steps @ cell
@@ -219,7 +224,8 @@ def build_lattice(features, count):
     ends = np.arange(0, count * (d + 1) + 1, d + 1, dtype=np.int32)
     slices = sparse.csr_array((weights.ravel(), indices.ravel(), ends), shape=(count, len(distinct)))
     mass = Lattice(slices.T, blurs, slices).filter(np.ones(count, np.float32))
-    weights /= np.sqrt(mass + np.float32(1e-20))[:, None]
+    rows = slices.data.reshape(count, d + 1)
+    rows /= np.sqrt(mass + np.float32(1e-20))[:, None]
     return Lattice(slices.T, blurs, slices)
 
 

@@ -327,7 +327,9 @@ class RefDataset(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, int(expressions[0]) if len(expressions) else image))
         masks = None
         if self.targets or self.augment or self.original:
-            masks = np.stack([self.expression_mask(e) for e in expressions])
+            meant = {tuple(self.objects_of[e]): e for e in expressions}  # sentences about the same objects share a mask
+            meant = {objects: self.expression_mask(e) for objects, e in meant.items()}
+            masks = np.stack([meant[tuple(self.objects_of[e])] for e in expressions])
         example = Example(self, image, expressions, masks, self.canvas.frame(*map(int, self.sizes[image])), rng)
         if self.augment:
             example.frame = self.augment(example)

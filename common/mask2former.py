@@ -73,26 +73,26 @@ BACKBONES = {"r18": lambda: ResNet(18), "r50": lambda: ResNet(50), "r101": lambd
 
 # ---- bilinear sampling --------------------------------------------------------------------------------------
 
-def corners(xy, width, height):
-    """The four cells round each point of a (height, width) map, and their bilinear weights.
+def corners(xy, size, scale=None):
+    """The four cells round each point of a map, and their bilinear weights.
 
-    xy: (..., 2) in cells, a cell's centre at +0.5. width, height: integers, or int tensors that broadcast to `...`.
-    Returns index (..., 4) int32 into the flattened map and weight (..., 4). Cells outside weigh 0 (zero padding);
+    xy: (..., 2) in cells, a cell's centre at +0.5. size: int tensor (..., 2), width and height. Returns index (..., 4)
+    int32 into the flattened map and weight (..., 4), times scale (...) if given. Cells outside weigh 0 (zero padding);
     gradients flow through the weights to xy.
     """
-    xy = xy - 0.5
-    low = xy.detach().floor()
-    x_share, y_share = (xy - low).unbind(-1)
-    index, weight = [], []
-    for dy in (0, 1):
-        y = low[..., 1] + dy
-        row = y.clamp(min=0).minimum(torch.as_tensor(height - 1, device=y.device)).int() * width
-        y_weight = (y_share if dy else 1 - y_share) * ((y >= 0) & (y < height))
-        for dx in (0, 1):
-            x = low[..., 0] + dx
-            index.append(row + x.clamp(min=0).minimum(torch.as_tensor(width - 1, device=x.device)).int())
-            weight.append((x_share if dx else 1 - x_share) * ((x >= 0) & (x < width)) * y_weight)
-    return torch.stack(index, -1), torch.stack(weight, -1)
+    (columns, across), (rows, down) = map(_neighbours, xy.unbind(-1), size.unbind(-1))
+    down = [share if scale is None else share * scale for share in down]
+    index = [row * size[..., 0] + column for row in rows for column in columns]
+    return torch.stack(index, -1), torch.stack([y * x for y in down for x in across], -1)
+
+
+def _neighbours(at, size):
+    """The cells before and behind positions along one axis, kept inside, and their shares: 0 where they are not."""
+    at = at - 0.5
+    low = at.detach().floor()
+    share = at - low
+    shares = (1 - share) * ((low >= 0) & (low < size)), share * ((low >= -1) & (low < size - 1))
+    return [(low + step).clamp(min=0).minimum(size - 1).int() for step in (0, 1)], shares
 
 
 def sample(maps, points):
@@ -104,8 +104,8 @@ def sample(maps, points):
 
 def sample_masks(masks, points):
     """What `sample` gives, for target masks (M,H,W) of any type, without a float copy of them and without gradient."""
-    height, width = masks.shape[-2:]
-    index, weight = corners(points * points.new_tensor([width, height]), width, height)
+    size = torch.tensor(masks.shape[:-3:-1], device=points.device, dtype=torch.int32)
+    index, weight = corners(points * size, size)
     values = masks.flatten(1).gather(1, index.flatten(1).long()).view(weight.shape)
     return (values * weight).sum(-1)
 
@@ -125,13 +125,13 @@ def deformable_sum(value, shapes, xy, weight):
     batch, cells, heads, dim = value.shape
     sizes = torch.tensor(shapes, device=value.device, dtype=torch.int32)
     start = (sizes.prod(1).cumsum(0) - sizes.prod(1)).int()
-    index, share = corners(xy, sizes[:, 1:], sizes[:, :1])                      # (B,Q,heads,L,P,4)
+    index, share = corners(xy, sizes.flip(1)[:, None], weight)                  # (B,Q,heads,L,P,4)
     image = torch.arange(batch, device=value.device, dtype=torch.int32)[:, None, None, None, None, None] * cells
     head = torch.arange(heads, device=value.device, dtype=torch.int32)[:, None, None, None]
     index = (index + start[:, None, None] + image) * heads + head
     bags = index.shape[:3].numel()
     out = F.embedding_bag(index.view(bags, -1), value.reshape(-1, dim), mode="sum",
-                          per_sample_weights=(share * weight[..., None]).view(bags, -1))
+                          per_sample_weights=share.view(bags, -1))
     return out.view(batch, -1, heads * dim)
 
 

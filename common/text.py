@@ -72,20 +72,16 @@ class WordPiece:
 
     Cleaning, accent stripping, lower case, splitting at spaces, punctuation and CJK characters, then the longest
     piece first; a word of more than 100 characters, or one that the pieces cannot spell, becomes [UNK].
+    vocab_file: the file, or the list of its lines, which `list(wordpiece)` gives and a checkpoint stores.
     Raises UserError for a file that is no such vocabulary.
     """
 
     def __init__(self, vocab_file):
-        path = Path(vocab_file)
-        try:
-            if path.stat().st_size > MAX_VOCAB_BYTES:
-                raise UserError(f"{path} is larger than {MAX_VOCAB_BYTES >> 20} MiB and is no WordPiece vocabulary.")
-            pieces = path.read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text and no WordPiece vocabulary.") from None
-        self.pieces = pieces[:-1] if pieces[-1] == "" else pieces
+        path = "the checkpoint's vocabulary"
+        if not isinstance(vocab_file, (list, tuple)):
+            path = Path(vocab_file)
+            vocab_file = _lines(path)
+        self.pieces = list(vocab_file)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [token for token in SPECIAL if token not in self.ids]
         if missing:
@@ -100,6 +96,13 @@ class WordPiece:
 
     def __len__(self):
         return len(self.pieces)
+
+    def __iter__(self):
+        return iter(self.pieces)
+
+    def unknown(self, text):
+        """The words of `text` that the pieces cannot spell."""
+        return [word for word in words(text) if self.unk_id in self(word)]
 
     def __call__(self, text):
         """Ids of the whole sentence between [CLS] and [SEP]."""
@@ -143,6 +146,19 @@ class WordPiece:
                 self._known.clear()
             self._known[word] = ids
         return self._known[word]
+
+
+def _lines(path):
+    """The lines of a vocabulary file. Raises UserError."""
+    try:
+        if path.stat().st_size > MAX_VOCAB_BYTES:
+            raise UserError(f"{path} is larger than {MAX_VOCAB_BYTES >> 20} MiB and is no WordPiece vocabulary.")
+        pieces = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text and no WordPiece vocabulary.") from None
+    return pieces[:-1] if pieces[-1] == "" else pieces
 
 
 def _basic_words(text):

@@ -8,7 +8,8 @@ from common.crf import PRESETS, _features, _positions, _spatial_lattice, build_l
 
 # pydensecrf2 1.1 on `photo(name)`: {pixel: foreground} at six pixels that it moves by more than 0.05
 STORED = {
-    ("astronaut", "krahenbuhl"): {4024: .04025, 9817: .2831, 11204: .05157, 11911: .57295, 13638: .96894, 16313: .77396},
+    ("astronaut", "krahenbuhl"): {4024: .04025, 9817: .2831, 11204: .05157, 11911: .57295, 13638: .96894,
+                                  16313: .77396},
     ("astronaut", "deeplab"): {2124: .03794, 5543: .86474, 9054: .96794, 12831: .59603, 14864: .73023, 16311: .83732},
     ("coffee", "krahenbuhl"): {191: .08399, 4869: .51816, 7400: .06901, 9082: .95831, 11456: .28106, 14629: .0441},
     ("coffee", "deeplab"): {2153: .03189, 5346: .04644, 7761: .24148, 10072: .09439, 12380: .03404, 14630: .28253},
@@ -46,9 +47,9 @@ def test_equals_stored_results_of_pydensecrf(name, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name, crop", [("astronaut", (0, 0)), ("coffee", (0, 0)), ("chelsea", (0, 0)), ("rocket", (1, 2))])
-def test_equals_pydensecrf(name, crop, preset):
-    image, prob = (np.ascontiguousarray(part[crop[0]:, crop[1]:]) for part in photo(name, step=3))
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket"])
+def test_equals_pydensecrf(name, preset):
+    image, prob = photo(name, step=3)
     expected = peer(image, np.stack([1 - prob, prob]), **PRESETS[preset])
     assert np.abs(dense_crf(image, prob[None], **PRESETS[preset])[0] - expected[1]).max() < 1e-4
 
@@ -88,9 +89,7 @@ def test_weights_are_barycentric_and_the_spatial_lattice_is_kept():
     assert _spatial_lattice(40, 50, 3.0) is lattice
     share = lattice.slice.multiply(1 / lattice.slice.sum(1)[:, None]).tocsr()  # without the normalisation
     assert lattice.slice.data.min() >= 0 and np.allclose(share @ np.ones(share.shape[1]), ones)
-    y, x = np.mgrid[:40, :50]
-    steps = [blur for blur in lattice.blurs if abs(blur - blur.T).max() > 0]
-    assert not steps and len(lattice.blurs) == 3
+    assert [abs(blur - blur.T).max() for blur in lattice.blurs] == [0, 0, 0]
 
 
 def test_masks_are_independent_binary_problems():
@@ -145,7 +144,9 @@ IMAGE, PROB = np.zeros((4, 5, 3), np.uint8), np.full((1, 4, 5), 0.5, np.float32)
     (IMAGE, PROB, {"iterations": -1}, "iterations"), (IMAGE, PROB, {"iterations": 2.5}, "iterations"),
     (IMAGE, PROB, {"gaussian": (3,)}, "gaussian is"), (IMAGE, PROB, {"bilateral": (80, 0, 10)}, "positive"),
     (IMAGE, PROB, {"gaussian": (3, -1)}, "negative"), (IMAGE, PROB, {"bilateral": (80, np.nan, 10)}, "positive"),
-    (IMAGE, PROB, {"bilateral": (1e-9, 13, 10)}, "too small")])
+    (IMAGE, PROB, {"bilateral": (1e-9, 13, 10)}, "too small"),
+    (np.repeat(IMAGE + np.arange(0, 200, 40, dtype=np.uint8)[:, None], 2, 0)[:4], PROB,
+     {"bilateral": (1e-3, 1e-2, 10)}, "too small")])
 def test_wrong_input_is_named(image, prob, settings, message):
     with pytest.raises(ValueError, match=message):
         dense_crf(image, prob, **settings)

@@ -104,7 +104,8 @@ def test_newest_run_and_controls(trained, shapes, tmp_path):
     run = tmp_path / "runs" / "x"
     shutil.copytree(trained, run)
     for flags, name in ([], "testA"), (["--shuffle-expressions"], "testA_shuffled"), (["--protocol", "lavt480"], "testA_lavt480"), \
-            (["--protocol", "seqtr640"], "testA_seqtr640"), (["--limit", "2", "--save-masks"], "testA_first2"):
+            (["--protocol", "seqtr640"], "testA_seqtr640"), (["--limit", "2", "--save-masks"], "testA_first2"), \
+            (["--limit", "1", "--crf", "deeplab"], "testA_crf-deeplab_first1"):
         done = ok(command(REPOSITORY / "eval.py", "--split", "testA", "--data-root", shapes, *flags, cwd=tmp_path))
         assert "newest run: runs/x" in done.stdout and (run / "eval" / f"refshapes_{name}.json").exists()
     assert len(list((run / "eval" / "refshapes_testA_first2_masks").glob("*.png"))) == \

@@ -92,7 +92,7 @@ def _neighbours(at, size):
     low = at.detach().floor()
     share = at - low
     shares = (1 - share) * ((low >= 0) & (low < size)), share * ((low >= -1) & (low < size - 1))
-    return [(low + step).clamp(min=0).minimum(size - 1).int() for step in (0, 1)], shares
+    return [(low + step).int().clamp(min=0).minimum(size - 1) for step in (0, 1)], shares  # NaN stays inside, too
 
 
 def sample(maps, points):

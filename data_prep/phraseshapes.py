@@ -1,0 +1,120 @@
+"""PhraseShapes: an embedded corpus in PhraseCut's own files, drawn from RefShapes' scenes.
+
+    python -m data_prep.phraseshapes --data-root data
+
+A phrase names what it sees ("ball", "red ball", "red thing", "striped ball") and means every object of the scene that
+fits, as in PhraseCut. `<data-root>/raw/phraseshapes/` holds VG_100K/<image_id>.jpg, image_data_split.json and
+refer_<split>.json; `data_prep.phrasecut` converts them to `<data-root>/phraseshapes/`, as it does the real ones. Polygons
+have no holes, as PhraseCut's: a ring's is filled.
+"""
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from scipy.ndimage import binary_fill_holes
+from tqdm import tqdm
+
+from common.config import Parser, UserError, run, write_text
+from data_prep import phrasecut, refshapes
+
+NAME, VERSION, MARKER = "phraseshapes", 1, "phraseshapes.json"
+# split: RefShapes' scenes that it takes, as (RefShapes' split, first index, count); those of `pool` are drawn fastest
+SCALES = {"default": {"train": [("pool", 0, 2000)], "val": [("val", 0, 200)], "miniv": [("val", 200, 20)],
+                      "test": [("testA", 0, 100), ("testB", 0, 100)]}}
+PATTERNS = (("kind",), ("colour", "kind"), ("colour",), ("texture", "kind"))
+
+
+def phrases_of(things):
+    """All phrases of a scene: [(phrase, PhraseCut's structure type, the things meant)], each string once."""
+    found = {}
+    for pattern in PATTERNS:
+        for thing in things:
+            if "texture" in pattern and thing.texture == "plain":
+                continue
+            words = [getattr(thing, name) for name in refshapes.ATTRIBUTES if name in pattern]
+            phrase = " ".join(refshapes.WORDS[word][0] for word in words) + ("" if "kind" in pattern else " thing")
+            meant = [t for t in things if all(getattr(t, name) == getattr(thing, name) for name in pattern)]
+            found[phrase] = (phrase, "name" if pattern == ("kind",) else "attribute", meant)
+    return list(found.values())
+
+
+def polygons_of(mask):
+    """PhraseCut's polygons, lists of [x, y], of a mask (H,W) bool."""
+    corners = refshapes.outline(binary_fill_holes(mask))
+    return [[[x, y] for x, y in zip(polygon[::2], polygon[1::2])] for polygon in corners]
+
+
+def draw(seed, folder, job):
+    """Draw and save the scene of `job` = (image_id, split, RefShapes' split, index): (its image record, its tasks)."""
+    image_id, split, scenes, index = job
+    scene = refshapes.make_scene(seed, scenes, index)
+    height, width = scene["image"].shape[:2]
+    Image.fromarray(scene["image"]).save(Path(folder) / f"{image_id}.jpg", quality=95)
+    tasks = []
+    for number, (phrase, kind, meant) in enumerate(phrases_of(scene["things"])):
+        boxes = [refshapes.annotation(t.visible, as_polygon=False)["bbox"] for t in meant]
+        tasks.append({"task_id": f"{image_id}__{number}", "image_id": image_id, "ann_ids": list(range(len(meant))),
+                      "instance_boxes": boxes, "Polygons": [polygons_of(t.visible) for t in meant], "phrase": phrase,
+                      "phrase_structure": {"name": phrase.split()[-1], "attributes": phrase.split()[:-1], "relation_ids": [],
+                                           "relation_descriptions": [], "type": kind}})
+    return {"image_id": image_id, "width": width, "height": height, "split": split}, tasks
+
+
+def is_made(data_root):
+    """Whether the finished corpus lies below `data_root`."""
+    return (Path(data_root) / NAME / MARKER).is_file()
+
+
+def make(data_root, scale="default", seed=0, jobs=2):
+    """Draw the corpus and prepare it, unless it is there. Raises UserError where it cannot be written."""
+    data_root = Path(data_root)
+    raw, part = data_root / "raw" / NAME, data_root / "raw" / f"{NAME}.part{os.getpid()}"
+    try:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        with refshapes.locked(raw.parent / f"{NAME}.lock"):
+            if is_made(data_root):
+                return
+            shutil.rmtree(raw, ignore_errors=True)
+            write_raw(part, scale, seed, jobs)
+            os.replace(part, raw)
+            phrasecut.convert(raw, [raw / "VG_100K"], data_root, NAME)
+            train = json.loads((raw / "refer_train.json").read_text(encoding="utf-8"))
+            pieces = refshapes.wordpieces([task["phrase"] for task in train])
+            write_text(data_root / NAME / "vocab.txt", "\n".join(pieces) + "\n")
+            write_text(data_root / NAME / MARKER, json.dumps({"version": VERSION, "scale": scale, "seed": seed}))
+    except OSError as error:
+        raise UserError(f"cannot write PhraseShapes below {data_root}: {error}.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_raw(folder, scale, seed, jobs):
+    """Draw a whole corpus into `folder`, in PhraseCut's layout."""
+    (folder / "VG_100K").mkdir(parents=True)
+    planned = [(split, scenes, first + i) for split, parts in SCALES[scale].items()
+               for scenes, first, count in parts for i in range(count)]
+    planned = [(image_id, *job) for image_id, job in enumerate(planned, start=1)]
+    with refshapes.workers(jobs) as each:
+        drawn = list(tqdm(each(partial(draw, seed, str(folder / "VG_100K")), planned), "drawing PhraseShapes", len(planned),
+                          unit=" scenes", disable=None))
+    write_text(folder / "image_data_split.json", json.dumps([image for image, _ in drawn]))
+    for split in SCALES[scale]:
+        tasks = [task for image, of in drawn if image["split"] == split for task in of]
+        write_text(folder / f"refer_{split}.json", json.dumps(tasks))
+
+
+def main(argv=None):
+    """Draw and prepare PhraseShapes."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data-root", default="data", help="where raw/phraseshapes and the prepared corpus lie")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    args = parser.parse_args(argv)
+    make(args.data_root, "default", args.seed, args.jobs)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -22,9 +22,10 @@ def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0, reduction="sum"):
 def partial_cross_entropy(logits, labels, balanced=True):
     """Binary cross-entropy over the labelled cells alone (Tang et al., 2018; PKS, Eq. 12).
 
-    logits (N, …); labels of that shape: 1 foreground, 0 background, -1 unknown. balanced: the average of the foreground's
-    mean and the background's mean (of the one that exists, where one is missing), so that a few cells of foreground weigh
-    as much as a wide background; otherwise the mean over all labelled cells. Returns (N,), 0 where nothing is labelled.
+    logits (N, …); labels of that shape: 1 foreground, 0 background, -1 unknown. balanced: the average of the
+    foreground's mean and the background's mean (of the one that exists, where one is missing), so that a few cells of
+    foreground weigh as much as a wide background; otherwise the mean over all labelled cells. Returns (N,), 0 where
+    nothing is labelled.
     """
     loss = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits), reduction="none").flatten(1)
     labels = labels.flatten(1)
@@ -37,16 +38,16 @@ def gated_crf_loss(prob, image, sigma_xy=6.0, sigma_rgb=0.1, radius=5, valid=Non
     """Gated-CRF loss (Obukhov et al., 2019): neighbouring pixels of like colour should get like labels.
 
     prob (N,H,W): foreground probabilities. image (N,3,H,W), at prob's size and in the units that sigma_rgb is meant for
-    (Obukhov et al.: normalised by ImageNet's mean and deviation), or (B,3,H,W) with image_of (N,), the image of each map.
-    sigma_xy: in pixels of prob. valid (N,H,W) bool: False gates a pixel out, as a source and as a neighbour.
+    (Obukhov et al.: normalised by ImageNet's mean and deviation), or (B,3,H,W) with image_of (N,), the image of each
+    map. sigma_xy: in pixels of prob. valid (N,H,W) bool: False gates a pixel out, as a source and as a neighbour.
 
-    The sum, over ordered pairs of pixels a != b inside the image, at most `radius` rows and columns apart and both valid,
-    of K_ab (p_a + p_b - 2 p_a p_b), K_ab = exp(-|xy_a - xy_b|² / 2 sigma_xy² - |rgb_a - rgb_b|² / 2 sigma_rgb²), over the
-    number of valid pixels. A scalar; gradients go to prob alone. Raises ValueError for shapes that do not fit.
+    The sum, over ordered pairs of pixels a != b inside the image, at most `radius` rows and columns apart and both
+    valid, of K_ab (p_a + p_b - 2 p_a p_b), K_ab = exp(-|xy_a - xy_b|² / 2 sigma_xy² - |rgb_a - rgb_b|² / 2 sigma_rgb²),
+    over the number of valid pixels. A scalar; gradients go to prob alone. Raises ValueError for shapes that do not fit.
     """
     count, height, width = prob.shape
     if image.shape[1:] != (3, height, width) or len(image) != count and image_of is None:
-        raise ValueError(f"image {tuple(image.shape)} does not fit prob {tuple(prob.shape)}; image_of says which is whose")
+        raise ValueError(f"image {tuple(image.shape)} does not fit prob {tuple(prob.shape)} and image_of")
     if valid is not None and valid.shape != prob.shape:
         raise ValueError(f"valid {tuple(valid.shape)} does not fit prob {tuple(prob.shape)}")
     with torch.autocast(prob.device.type, enabled=False):

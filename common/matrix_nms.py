@@ -5,16 +5,17 @@ import torch
 
 @torch.no_grad()
 def matrix_nms(masks, scores, labels=None, kernel="gaussian", sigma=2.0):
-    """Decay each mask's score by its overlap with masks of higher score, and less where those are suppressed themselves.
+    """Decay each mask's score by its overlap with masks of higher score, and less where those are suppressed
+    themselves.
 
     masks (N,H,W) bool; scores (N,) float, in any order; labels (N,): only masks of one label compete (None: all do).
     decay_j = min over i with score_i > score_j of f(iou_ij) / f(c_i), where c_i is mask i's largest IoU with any mask
     that scores higher still. kernel `gaussian`: f(x) = exp(-sigma x²); `linear`: f(x) = 1 - x.
 
-    Returns scores * decay (N,), in the given order. Higher is meant strictly, as printed: masks of equal score leave each
-    other alone, so the result does not depend on the order of the masks. Two empty masks have an IoU of 0, and with the
-    linear kernel a mask with c_i = 1, which has itself been removed, suppresses nothing. Raises ValueError for another
-    kernel and for shapes that do not fit.
+    Returns scores * decay (N,), in the given order. Higher is meant strictly, as printed: masks of equal score leave
+    each other alone, so the result does not depend on the order of the masks. Two empty masks have an IoU of 0, and
+    with the linear kernel a mask with c_i = 1, which has itself been removed, suppresses nothing. Raises ValueError for
+    another kernel and for shapes that do not fit.
     """
     if kernel not in ("gaussian", "linear"):
         raise ValueError(f"kernel is gaussian or linear, not {kernel!r}")
@@ -44,7 +45,7 @@ def intersections(masks):
     if masks.device.type != "cpu":
         with torch.autocast(masks.device.type, enabled=False):  # half precision would round the counts
             return flat.float() @ flat.float().T
-    packed = np.packbits(flat.numpy(), axis=1)                         # (N, bytes): 64 pixels a word beat a matrix product
+    packed = np.packbits(flat.numpy(), axis=1)                         # (N, bytes); 64 pixels a word beat a product
     words = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
     shared = np.zeros((len(masks), len(masks)), np.float32)
     for i, row in enumerate(words):

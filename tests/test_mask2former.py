@@ -18,8 +18,9 @@ from transformers.models.mask2former import modeling_mask2former as peer
 from common import mask2former
 from common.backbones import Small
 from common.config import UserError
+from common.mask2former import (
+    Mask2Former, NormedSwin, coco_results, criterion, instances, mask_costs, match, read_detectron_pkl)
 from common.masks import decode
-from common.mask2former import Mask2Former, NormedSwin, coco_results, criterion, instances, match, read_detectron_pkl
 
 # transformers' names -> Facebook's, the table of its conversion script turned round
 FACEBOOK = (
@@ -160,6 +161,10 @@ def test_losses_and_matching_equal_transformers_on_the_same_points(pair):
     torch.manual_seed(3)
     pairs = other.matcher(output[0]["pred_masks"], output[0]["pred_logits"], masks, labels)
     assert all(torch.equal(a, b) for one, two in zip(ours["matches"], pairs) for a, b in zip(one, two))
+    logits, points = torch.randn(4, 50) * 5, (torch.rand(3, 50) > 0.5).float()
+    for cost, function in zip(mask_costs(logits, points), (peer.pair_wise_sigmoid_cross_entropy_loss,
+                                                           peer.pair_wise_dice_loss)):
+        torch.testing.assert_close(cost, function(logits, points), rtol=1e-4, atol=1e-5)
     ours = criterion(output[0], truth, num_masks=18)
     torch.manual_seed(3)
     assert criterion(output[0], truth)["dice"] / ours["dice"] == pytest.approx(2, rel=0.02)
@@ -287,6 +292,9 @@ def test_deformable_sum_equals_a_loop():
             expected[b, q, head] += weight[b, q, head, level, p] * share * value[b, start + row * w + column, head]
     ours = mask2former.deformable_sum(value, shapes, xy, weight)
     torch.testing.assert_close(ours, expected.view(2, 4, -1))
+    wild = torch.full_like(xy, float("nan"))
+    wild[0], wild[1, 0] = 1e30, -float("inf")
+    assert not mask2former.deformable_sum(value, shapes, wild, weight)[1].isfinite().any()  # nor does it crash
     locations = xy / torch.tensor([[w, h] for h, w in shapes])[:, None]
     other = peer.multi_scale_deformable_attention(value, shapes, locations, weight)
     grads = [torch.autograd.grad((out * torch.arange(6)).sum(), (value, xy, weight)) for out in (ours, other)]
@@ -327,6 +335,20 @@ def test_matching_finds_a_hundred_objects_and_survives_nonsense():
     good = queries != 3
     same_mask = (truth["masks"][order[queries]] == truth["masks"][found]).flatten(1).all(1)
     assert len(queries) == 100 and same_mask[good].all()
+
+
+def test_instances_are_scored_by_class_and_mask():
+    logits = torch.tensor([[2.0, 1.0, 9.0], [0.0, 5.0, 0.0], [-9.0, -9.0, 9.0]])  # the last column is "no object"
+    masks = torch.stack([torch.full((2, 2), value) for value in (3.0, 0.1, -1.0)])
+    masks[0, 0] = -2
+    prob = logits.softmax(-1)
+    found = instances(logits, masks, lambda part: part.repeat_interleave(2, -1), top=4)
+    expected = {(0, 0): prob[0, 0] * torch.tensor(3.0).sigmoid(), (0, 1): prob[0, 1] * torch.tensor(3.0).sigmoid(),
+                (1, 0): prob[1, 0] * torch.tensor(0.1).sigmoid(), (1, 1): prob[1, 1] * torch.tensor(0.1).sigmoid()}
+    pairs = list(zip(found["queries"].tolist(), found["labels"].tolist()))
+    assert pairs == sorted(expected, key=expected.get, reverse=True) and pairs[0] == (1, 1)
+    torch.testing.assert_close(found["scores"], torch.stack([expected[pair] for pair in pairs]))
+    assert torch.equal(found["masks"][pairs.index((0, 0))], torch.tensor([[False] * 4, [True] * 4]))
 
 
 def test_learns_and_finds_two_rectangles(tiny):

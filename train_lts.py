@@ -316,8 +316,8 @@ def build_model(args, vocabulary):
 
 def make_targets(example, finest_stride):
     """In a loader worker: the share of each cell of P_mask (E,2h,2w) and of H_mask (E,h,w) that the mask covers."""
-    mask = example.frame.masks_in(example.masks, finest_stride // 2)
-    return {"mask": mask, "heat": F.avg_pool2d(mask, 2)}
+    mask = example.frame.masks_in(example.meant, finest_stride // 2)
+    return {"mask": mask[example.mask_of], "heat": F.avg_pool2d(mask, 2)[example.mask_of]}
 
 
 def loss_terms(out, targets, args):
@@ -500,6 +500,7 @@ def main(argv=None):
     splits = ["train", "val", *args.eval_splits]
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
+    args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
         if not present:
             if ranks.main:

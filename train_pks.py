@@ -1,8 +1,9 @@
-"""PKS: Position, Kernel, Segmentation (Li, Sun, Xiao, Lim, Zhao; TCSVT 2023, arXiv 2212.10278), from masks or from clicks.
+"""PKS: Position, Kernel, Segmentation (Li, Sun, Xiao, Lim, Zhao; TCSVT 2023, arXiv 2212.10278), from masks or from
+clicks.
 
-The sentence only says where: it is fused with every level of a feature pyramid into heat maps of the object's centre. The
-cells that answer choose kernels, made from vision alone, and each kernel cuts its mask from a feature map of the image.
-Sentence and mask meet nowhere else, so centres and a few labelled pixels are enough to train it.
+The sentence only says where: it is fused with every level of a feature pyramid into heat maps of the object's centre.
+The cells that answer choose kernels, made from vision alone, and each kernel cuts its mask from a feature map of the
+image. Sentence and mask meet nowhere else, so centres and a few labelled pixels are enough to train it.
 
     python train_pks.py --yaml yaml/pks_refshapes.yaml          embedded data, two CPU cores, nothing to download
     torchrun --nproc_per_node 4 train_pks.py                    the paper's setting on RefCOCO
@@ -11,32 +12,36 @@ Sentence and mask meet nowhere else, so centres and a few labelled pixels are en
     python eval.py --split val --oracle-pos                     Table VII
 
 Where the paper is silent
-  levels        level 1 is the finest (stride 4), level 5 the coarsest (64), as Table VI's caption wants it; all keep the
-                pyramid's own resolution. Eq. 7's "i = 2..L" would then miss the finest; Panoptic FPN and SOLOv2 read P2-P5.
+  levels        level 1 is the finest (stride 4), level 5 the coarsest (64), as Table VI's caption wants it; all keep
+                the pyramid's own resolution. Eq. 7's "i = 2..L" would then miss the finest; Panoptic FPN and SOLOv2
+                read P2-P5.
   backbone      ImageNet's weights ("original ResNet101"), trained throughout, BatchNorm frozen.
-  MSF           the projections are shared by the levels, and every step has its own. phi_F and phi_S are linear (phi_F then
-                commutes with the average), varphi_F is a convolution, GroupNorm and LeakyReLU; its kernel is 1x1, because
-                3x3 would cost more than the printed 50 hours allow. `--msf-kernel 3` is for small pictures.
-  language      enters by Eq. 4 alone. "mean" replaces the attention by the words' mean, "multiply" and "concat" join that
-                mean to the features first and convolve then (Table IV).
-  L_pos         Eq. 9 averages over cells, where one centre among 67,200 cells would vanish beside L_seg; each level's sum
-                is divided by its sentence's positive cells (RetinaNet). Per sentence, so neither ranks nor batches matter.
+  MSF           the projections are shared by the levels, and every step has its own. phi_F and phi_S are linear (phi_F
+                then commutes with the average), varphi_F is a convolution, GroupNorm and LeakyReLU; its kernel is 1x1,
+                because 3x3 would cost more than the printed 50 hours allow. `--msf-kernel 3` is for small pictures.
+  language      enters by Eq. 4 alone. "mean" replaces the attention by the words' mean, "multiply" and "concat" join
+                that mean to the features first and convolve then (Table IV).
+  L_pos         Eq. 9 averages over cells, where one centre among 67,200 cells would vanish beside L_seg; each level's
+                sum is divided by its sentence's positive cells (RetinaNet). Per sentence, so neither ranks nor batches
+                matter.
   centre        centre of mass of the mask, as for the clicks of Sec. IV-A; cells beyond the border are left out.
   kernel head   two 3x3 convolutions and a pointwise one (the lighter SOLOv2).
-  decoder       Panoptic FPN's, half as wide as the kernels, with SOLOv2's two coordinates on its coarsest level: a kernel
-                could not tell two equal objects apart otherwise.
+  decoder       Panoptic FPN's, half as wide as the kernels, with SOLOv2's two coordinates on its coarsest level: a
+                kernel could not tell two equal objects apart otherwise.
   L_seg         Dice with squares in the denominator (V-Net), one for each kernel, averaged over a sentence's kernels.
-  "merges"      Matrix NMS ranks masks, and never changes the best one. `--merge agree`: the mean, by decayed scores, of the
-                survivors whose IoU with the best is at least 0.5. `top1`, `soft` (all survivors), `union` (their maximum).
+  "merges"      Matrix NMS ranks masks, and never changes the best one. `--merge agree`: the mean, by decayed scores, of
+                the survivors whose IoU with the best is at least 0.5. `top1`, `soft` (all survivors), `union` (their
+                maximum).
   no position   where no cell passes lambda_f the best cell speaks; at most --max-kernels cells do.
   pCE           "point FG + BG" labels one cell among thousands: foreground and background are averaged separately.
                 `--no-balanced` is the plain mean.
-  superpixel    SLIC on the original image; the click's segment is cut at the corner clicks' box, outside which is background.
-                Cells of padding have no label.
-  GCRF          of the mean mask over a sentence's kernels, by the canvas' cells; "raw RGB" in [70]'s code is normalised by
-                ImageNet's mean and deviation, and sigma_rgb = 0.1 is meant for that. `--gcrf-rgb unit` takes 0..1.
-  schedule      SOLOv2's: warm-up of 500 steps, a tenth at 22 and 27 of 30 epochs, gradient norm at most 35. No mirroring,
-                RefCOCO names left and right. An epoch is every sentence: 30 of them fit the printed hours, refs do not.
+  superpixel    SLIC on the original image; the click's segment is cut at the corner clicks' box, outside which is
+                background. Cells of padding have no label.
+  GCRF          of the mean mask over a sentence's kernels, by the canvas' cells; "raw RGB" in [70]'s code is normalised
+                by ImageNet's mean and deviation, and sigma_rgb = 0.1 is meant for that. `--gcrf-rgb unit` takes 0..1.
+  schedule      SOLOv2's: warm-up of 500 steps, a tenth at 22 and 27 of 30 epochs, gradient norm at most 35. No
+                mirroring, RefCOCO names left and right. An epoch is every sentence: 30 of them fit the printed hours,
+                refs do not.
 """
 import math
 import signal
@@ -51,7 +56,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FeaturePyramidNetwork
 
-from common import checkpoint, data, distributed, metrics, runlog
+from common import checkpoint, data, distributed, metrics, pictures, runlog
 from common.backbones import IMAGENET_MEAN, IMAGENET_STD, ResNetFPN, Small, load_weights
 from common.config import UserError, base_parser, parse, run
 from common.language import BiGRU, mean_over_words
@@ -77,7 +82,7 @@ def get_parser():
     parser = base_parser(__doc__)
     parser.set_defaults(epochs=30, batch_size=32, lr=1e-2, clip=35.0, epoch_unit="expression")
     add = parser.add_argument_group("input").add_argument
-    add("--size", type=int, default=800, help="shorter side of the input; Sec. V-B. With --max-size 0: side of the square input")
+    add("--size", type=int, default=800, help="shorter side of the input; Sec. V-B. With --max-size 0: a square's")
     add("--max-size", type=int, default=1333, help="longest side of the input; Sec. V-B. 0: a square, padded")
     add("--max-words", type=int, default=20, help="words a sentence keeps. 0: blind to the sentence, a control")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
@@ -130,17 +135,15 @@ WEAK_LABELS = ("point_fg", "point_fg_bg", "superpixel", "superpixel_gcrf")
 
 
 def eval_flags(parser):
-    """The flags that this script adds to eval.py; `eval_targets` obeys them."""
+    """The flags that this script adds to eval.py; those that are settings, too, override the run's."""
     group = parser.add_argument_group("PKS")
     parser.switch(group, "oracle-pos", False, "the true centre's cells choose the kernels, Table VII")
-    group.add_argument("--merge", choices=MERGES, default=None, help="how surviving masks become one; empty: as trained")
+    group.add_argument("--merge", choices=MERGES, default=None, help="how masks become one; empty: as trained")
     group.add_argument("--nms", choices=KERNELS, default=None, help="decay of Matrix NMS; empty: as trained")
 
 
-def eval_targets(args, model):
-    """Set what `eval_flags` added on the model. Returns the function for RefDataset(targets=…) whose result `segment` is
-    to be given as `targets`, or None."""
-    model.merge, model.nms = args.merge or model.merge, args.nms or model.nms
+def eval_targets(args, settings):
+    """The targets that `segment` is given in evaluation: the true centres for --oracle-pos, else None."""
     return make_targets if args.oracle_pos else None
 
 
@@ -152,8 +155,8 @@ def frontend(args, vocabulary):
 
 
 # ---- model --------------------------------------------------------------------------------------------------
-# Shapes: B images, E sentences, L words, D = --dim channels, C = --kernel-dim, N cells of all levels together, K kernels of
-# a sentence; level i has (h_i,w_i) cells of stride STRIDES[i - 1], masks have (h,w) at stride 4.
+# Shapes: B images, E sentences, L words, D = --dim channels, C = --kernel-dim, N cells of all levels together, K
+# kernels of a sentence; level i has (h_i,w_i) cells of stride STRIDES[i - 1], masks have (h,w) at stride 4.
 
 STRIDES = (4, 8, 16, 32, 64)
 PRIOR = 0.01  # what a heat map says at first, so that the many empty cells do not drown the first steps (RetinaNet)
@@ -199,7 +202,7 @@ class PKS(nn.Module):
         else:
             used = [stride for stride in self.strides if stride < 64]
             if not used:
-                raise UserError(f"--no-kernel decodes the fused features of levels 1 to 4, and --levels is {args.levels}.")
+                raise UserError(f"--no-kernel decodes the fused levels 1 to 4, and --levels is {args.levels}.")
             self.decoder = Decoder(args.dim, args.kernel_dim, used)
             for stride, inner, layer in zip(STRIDES, self.backbone.fpn.inner_blocks, self.backbone.fpn.layer_blocks):
                 inner.requires_grad_(stride >= used[0])  # what no level reads would keep DDP waiting for its gradient
@@ -207,8 +210,9 @@ class PKS(nn.Module):
             self.read = nn.Conv2d(args.kernel_dim, 1, 1)
 
     def encode_image(self, images):
-        """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> dict with the first fusion
-        step's visual half per level, and kernels (B,N,C) and mask features (B,C,h,w) where the model has a kernel head."""
+        """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> dict with the first
+        fusion step's visual half per level, and kernels (B,N,C) and mask features (B,C,h,w) where the model has a
+        kernel head."""
         pyramid = self.backbone(normalise(images, self.backbone.mean, self.backbone.std))
         levels = [pyramid[stride] for stride in self.strides]
         features = {"fusion": [self.position_head.look(level) for level in levels]}
@@ -223,8 +227,9 @@ class PKS(nn.Module):
         return self.decode(features, image_of, text) | {"images": images, "image_of": image_of}
 
     def decode(self, features, image_of, text):
-        """The part that depends on the sentence: dict with `heats` (logits, a (E,h_i,w_i) for each level) and `attention`
-        (E,levels,J,L) or None; with a kernel head its `kernels` and `mask` as in `encode_image`, else `mask` logits (E,h,w)."""
+        """The part that depends on the sentence: dict with `heats` (logits, a (E,h_i,w_i) for each level) and
+        `attention` (E,levels,J,L) or None; with a kernel head its `kernels` and `mask` as in `encode_image`, else
+        `mask` logits (E,h,w)."""
         states, known = self.language(text)
         heats, fused, attention = self.position_head(features["fusion"], image_of, states, known)
         out = {"heats": heats, "attention": attention, "strides": self.strides}
@@ -233,8 +238,9 @@ class PKS(nn.Module):
         return out | {"mask": self.read(self.decoder(dict(zip(self.strides, fused)))).squeeze(1)}
 
     def segment(self, features, image_of, text, targets=None):
-        """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,H/4,W/4) in the input's frame, its threshold, the
-        best heat as `score` (E,), the heat maps, and the words' attention (E,J,L) averaged over the levels.
+        """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,H/4,W/4) in the input's frame, its
+        threshold, the best heat as `score` (E,), the heat maps, and the words' attention (E,J,L) averaged over the
+        levels.
 
         targets: None, or what `make_targets` gave: the true centre's cells then choose the kernels, by their heat.
         """
@@ -295,7 +301,8 @@ def parse_levels(text):
 
 
 class PositionHead(nn.Module):
-    """Sec. III-B: J steps of fusion with the sentence on every level, then a heat map of the object's centre, Eq. 1-4."""
+    """Sec. III-B: J steps of fusion with the sentence on every level, then a heat map of the object's centre, Eq.
+    1-4."""
 
     def __init__(self, channels, args):
         super().__init__()
@@ -313,8 +320,9 @@ class PositionHead(nn.Module):
         return self.steps[0].look(level)
 
     def forward(self, looks, image_of, states, known):
-        """looks: from `look`, a level each; states (E,L,T), known (E,L) -> heat logits, fused maps (E,D,h_i,w_i), attention."""
-        phrases = [step.phi_s(states) for step in self.steps]                            # phi_S(X_S), the same on all levels
+        """looks: from `look`, a level each; states (E,L,T), known (E,L) -> heat logits, fused maps (E,D,h_i,w_i),
+        attention."""
+        phrases = [step.phi_s(states) for step in self.steps]                            # phi_S(X_S), on all levels
         heats, fused, attention = [], [], []
         for seen in looks:
             seen = [None if part is None else part[image_of] for part in seen]
@@ -351,7 +359,8 @@ class FusionStep(nn.Module):
         return average, self.varphi_f[0](x) if self.fusion == "concat" else self.varphi_f(x)
 
     def fuse(self, average, visual, words, known):
-        """average, visual: from `look`, for each sentence; words (E,L,D), known (E,L) -> (E,D,h,w), attention (E,L) or None."""
+        """average, visual: from `look`, for each sentence; words (E,L,D), known (E,L) -> (E,D,h,w), attention (E,L) or
+        None."""
         if self.fusion == "msf":
             attention = (words @ average[..., None]).squeeze(-1).sigmoid() * known       # A, Eq. 3
             sentence = self.varphi_s((attention[..., None] * words).sum(1))
@@ -389,7 +398,8 @@ class Decoder(nn.Module):
         self.paths = nn.ModuleList()
         for stride in strides:
             inputs = [channels + 2 * (stride == strides[-1])] + [width] * 3
-            self.paths.append(nn.ModuleList(ConvNormAct(inputs[i], width) for i in range(max(1, int(math.log2(stride)) - 2))))
+            convolutions = max(1, int(math.log2(stride)) - 2)
+            self.paths.append(nn.ModuleList(ConvNormAct(inputs[i], width) for i in range(convolutions)))
         self.project = ConvNormAct(width, kernel_dim, 1)
 
     def forward(self, pyramid):
@@ -419,7 +429,8 @@ def make_targets(example):
     for n, mask in enumerate(example.masks):
         if mask.any():
             centres[n] = [axis.mean() + 0.5 for axis in np.nonzero(mask)[::-1]]
-    return {"mask": example.frame.masks_in(example.masks, 4), "cells": cells_round(example.frame.points_in(centres), example.frame)}
+    frame = example.frame
+    return {"mask": frame.masks_in(example.masks, 4), "cells": cells_round(frame.points_in(centres), frame)}
 
 
 def make_weak_targets(example, clicked, data_root, labels):
@@ -431,7 +442,8 @@ def make_weak_targets(example, clicked, data_root, labels):
     dataset, frame = example.dataset, example.frame
     height, width = frame.canvas_height // 4, frame.canvas_width // 4
     x, y = np.meshgrid(np.arange(width) * 4 + 2, np.arange(height) * 4 + 2)
-    inside = (x >= frame.left) & (x < frame.left + frame.in_width) & (y >= frame.top) & (y < frame.top + frame.in_height)
+    inside = (x >= frame.left) & (x < frame.left + frame.in_width) \
+        & (y >= frame.top) & (y < frame.top + frame.in_height)
     segments = None
     if labels.startswith("superpixel"):
         size = dataset.sizes[example.image].tolist()
@@ -441,7 +453,7 @@ def make_weak_targets(example, clicked, data_root, labels):
     for e in example.expressions:
         number = int(dataset.object_ids[dataset.objects_of[e][0]])
         if number not in clicked:
-            raise UserError(f"clicks.json of {dataset.name} has no object {number}; make it again with data_prep.clicks.")
+            raise UserError(f"clicks.json of {dataset.name} lacks object {number}; run data_prep.clicks again.")
         click = np.array(clicked[number])
         (centre,), (box,) = frame.points_in(click[None, :2]), frame.boxes_in(click[None, 2:])
         boxed = (x >= box[0]) & (x < box[2]) & (y >= box[1]) & (y < box[3])
@@ -461,8 +473,8 @@ def make_weak_targets(example, clicked, data_root, labels):
 
 
 def weak_targets(args, ranks):
-    """The function for RefDataset(targets=…) with --weak. The embedded corpora get their clicks and superpixels on first use;
-    for others UserError says what to run."""
+    """The function for RefDataset(targets=…) with --weak. The embedded corpora get their clicks and superpixels on
+    first use; for others UserError says what to run."""
     missing = args.dataset in data.EMBEDDED and not clicks.is_complete(args.data_root, args.dataset)
     if distributed.any_rank(ranks, missing):
         if ranks.main:
@@ -472,17 +484,37 @@ def weak_targets(args, ranks):
     return partial(make_weak_targets, clicked=clicked, data_root=args.data_root, labels=args.weak_labels)
 
 
+def case_panels(settings, dataset, expression):
+    """What --weak would be told of an expression, for the report (Figs. 5 and 10): [(caption, uint8 picture)], else
+    []."""
+    objects = dataset.objects_of[expression]
+    if not settings.weak or len(objects) != 1 or dataset.rles[objects[0]] is None:
+        return []
+    image = dataset.picture(int(dataset.expression_image[expression])).permute(1, 2, 0).numpy()
+    (x, y, *corners), _ = clicks.click(dataset.object_mask(objects[0]), dataset.boxes[objects[0]])
+    segments, known = clicks.segments_of(image, 100), np.ones(image.shape[:2], bool)
+    left, top, right, bottom = (int(round(v)) for v in corners)
+    known[top:bottom, left:right] = False
+    edges = np.zeros_like(known)
+    edges[1:, 1:] = (segments[1:, 1:] != segments[:-1, 1:]) | (segments[1:, 1:] != segments[1:, :-1])
+    labels = pictures.overlay(image // 2 * known[..., None] + image * ~known[..., None],
+                              (segments == segments[int(y), int(x)]) & ~known, pictures.TRUTH)
+    return [("clicks", pictures.draw_points(pictures.draw_boxes(image, [corners]), [(x, y)])),
+            ("superpixels", np.where(edges[..., None], np.array([[pictures.OTHER]], np.uint8), image)),
+            ("labels: outside the box dark, foreground green", labels)]
+
+
 def check_corpus(dataset):
     """PKS looks for one centre: refuse to learn from sentences that mean several objects or none. Raises UserError."""
     other = next((e for e, objects in enumerate(dataset.objects_of) if len(objects) != 1), None)
     if other is not None:
-        raise UserError(f"{dataset.path}: the sentence {dataset.texts[other]!r} means {len(dataset.objects_of[other])} objects; "
-                        "PKS looks for one centre and cannot learn it.")
+        raise UserError(f"{dataset.path}: the sentence {dataset.texts[other]!r} means {len(dataset.objects_of[other])} "
+                        "objects; PKS looks for one centre and cannot learn it.")
 
 
 def cells_round(centres, frame):
-    """The 3x3 cells round each centre (E,2) on the canvas, on every level: (E,5,9) int64, row * w_i + column, or -1 for a
-    cell outside the map and for all cells of a centre that is NaN."""
+    """The 3x3 cells round each centre (E,2) on the canvas, on every level: (E,5,9) int64, row * w_i + column, or -1 for
+    a cell outside the map and for all cells of a centre that is NaN."""
     levels = []
     for stride in STRIDES:
         height, width = -(-frame.canvas_height // stride), -(-frame.canvas_width // stride)
@@ -494,7 +526,8 @@ def cells_round(centres, frame):
 
 
 def true_cells(cells, out):
-    """`cells` of the targets as positions among all cells of the model's levels: (E,K) and whether each exists (E,K)."""
+    """`cells` of the targets as positions among all cells of the model's levels: (E,K) and whether each exists
+    (E,K)."""
     cells = torch.stack([cells[:, STRIDES.index(stride)] for stride in out["strides"]], 1)          # (E, levels, 9)
     sizes = [heat[0].numel() for heat in out["heats"]]
     starts = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], device=cells.device)[:, None]
@@ -520,8 +553,10 @@ def loss_terms(out, targets, args):
         colours = (IMAGENET_MEAN, IMAGENET_STD) if args.gcrf_rgb == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
         image = F.avg_pool2d(normalise(out["images"], *colours), 4)
         inside = targets["inside"]
-        energy = gated_crf_loss(prob, image, args.gcrf_xy, args.gcrf_rgb_sigma, args.gcrf_radius, inside, out["image_of"])
-        # by the cells of the canvas, which are the same for all: a mean over `inside` would depend on the batch's company
+        energy = gated_crf_loss(prob, image, args.gcrf_xy, args.gcrf_rgb_sigma, args.gcrf_radius, inside,
+                                out["image_of"])
+        # by the cells of the canvas, which are the same for all: a mean over `inside` would depend on the batch's
+        # company
         terms["gcrf"] = args.lambda_w * energy * inside.sum() / inside[0].numel()        # Eq. 13-14
     return terms
 
@@ -546,7 +581,8 @@ def dynamic_convolution(out, cell, chosen):
 
 
 def dice(logits, truth, smooth=1.0):
-    """1 - 2 sum(p y) / (sum p^2 + sum y^2): logits (E,K,h,w), truth (E,1,h,w) -> (E,K); `smooth` keeps empty masks finite."""
+    """1 - 2 sum(p y) / (sum p^2 + sum y^2): logits (E,K,h,w), truth (E,1,h,w) -> (E,K); `smooth` keeps empty masks
+    finite."""
     prob = logits.sigmoid()
     overlap = 2 * (prob * truth).sum((2, 3)) + smooth
     return 1 - overlap / (prob.square().sum((2, 3)) + truth.square().sum((2, 3)) + smooth)

@@ -4,7 +4,7 @@ A ViT gives a vector for every patch and a BERT one for every expression; their 
 mask is seen: a pooling of the patches' scores says whether an expression is in an image at all, and that is learnt from
 the expressions of the other images of the batch. Multi-label patch assignment (MPA) lets a patch serve several of them.
 
-    python train_tseg.py --yaml yaml/tseg_refshapes.yaml         embedded data, two CPU cores, nothing to download
+    python train_tseg.py --yaml yaml/tseg_phraseshapes.yaml      embedded data, two CPU cores, nothing to download
     torchrun --nproc_per_node 4 train_tseg.py --dataset phrasecut --max-steps 120000      the paper's setting, PhraseCut
     python train_tseg.py --pooling spa                           Tables 1 and 3: gap, gmp, spa, mpa
     python train_tseg.py --full                                  learns from masks, Eq. 9 (yaml/tseg_full.yaml on top)
@@ -53,12 +53,13 @@ from common.config import UserError, base_parser, parse, run
 from common.language import Bert
 from common.layers import normalise
 from common.text import WordPiece, swap_left_right
+from data_prep import phraseshapes, refshapes
 
 # ---- settings -----------------------------------------------------------------------------------------------
 
 YAML = "yaml/tseg.yaml"
 FULL_YAML = "yaml/tseg_full.yaml"  # on top of it with --full and --pretrain
-EMBEDDED_YAML = "yaml/tseg_refshapes.yaml"
+EMBEDDED_YAML = "yaml/tseg_phraseshapes.yaml"
 make_vocabulary = WordPiece  # what a checkpoint's list of entries becomes again
 TINY = 1e-6  # of Eq. 7's logarithm
 
@@ -116,8 +117,14 @@ def get_parser():
 
 def frontend(args, vocabulary):
     """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
-    if args.size % args.patch:
-        raise UserError(f"--size {args.size} is not a multiple of --patch {args.patch}.")
+    low, high = args.scale
+    for wrong, sentence in (
+            (args.size % args.patch, f"--size {args.size} is not a multiple of --patch {args.patch}."),
+            (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
+            (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
+            (args.full and args.pretrain, "--full learns from masks and --pretrain from boxes: give one of them.")):
+        if wrong:
+            raise UserError(sentence)
     return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size, squash=True)
 
 
@@ -146,7 +153,7 @@ class TSEG(nn.Module):
 
     def encode_text(self, text):
         """text (E,L) ids -> unit vectors (E,D) float32 of the first token, [CLS]; Sec. 3.1."""
-        states = self.language(text[:, :self.language.config["positions"]], text[:, :512] != 0)
+        states = self.language(text, text != 0)
         return F.normalize(self.from_text(states[:, 0]).float(), dim=-1)
 
     def scale(self):
@@ -273,10 +280,11 @@ def make_targets(example, args, widest):
     `mask` (E,H,W): the share of each pixel that the mask, or the box, covers.
     """
     dataset, frame, count = example.dataset, example.frame, len(example.expressions)
-    everything = np.ones((1, frame.height, frame.width), bool)
-    inside = (frame.masks_in(everything, args.patch) >= 0.5).flatten(1)                        # (1, N)
-    if not inside.any():
-        inside[:] = True
+    starts = np.arange(0, args.size, args.patch)
+    across, down = (np.clip(start + length - starts, 0, args.patch) for start, length in
+                    ((frame.left, frame.in_width), (frame.top, frame.in_height)))
+    inside = torch.from_numpy(2 * np.outer(down, across) >= args.patch ** 2).flatten()         # (N,)
+    inside |= ~inside.any()  # an image of less than half a patch
     targets = {"inside": inside.expand(count, -1).contiguous()}
     if args.full or args.pretrain:
         masks = boxes_of(example) if args.pretrain else example.masks
@@ -577,13 +585,14 @@ def main(argv=None):
     """Prepare, train, then score best.pt on --eval-splits and write the report."""
     args = parse(get_parser(), argv, own_yaml=YAML, overlays={"full": FULL_YAML, "pretrain": FULL_YAML})
     splits = ["train", "val", *args.eval_splits]
-    present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
+    present = phraseshapes.is_made(args.data_root) if args.dataset == phraseshapes.NAME else \
+        data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
+    args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
         if not present:
             if ranks.main:
-                from data_prep import refshapes  # only the embedded data needs the generator
-                refshapes.make(args.data_root)
+                (phraseshapes if args.dataset == phraseshapes.NAME else refshapes).make(args.data_root)
             distributed.barrier(ranks)
         torch.manual_seed(args.seed)
         folder = runlog.run_folder(args, Path(__file__).stem)

@@ -84,8 +84,8 @@ def base_parser(description):
     run_ = parser.add_argument_group("run")
     run_.add_argument("--out", default="", help="run folder; empty: runs/<script>/<dataset>/<name>_s<seed>")
     run_.add_argument("--name", default="", help="name of the run; empty: `base` or the ablation flags that differ")
-    run_.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
-                      help="automatic mixed precision; bf16 on recent GPUs, fp16 scales the loss")
+    run_.add_argument("--amp", choices=("off", "bf16", "fp16", "auto"), default="off",
+                      help="mixed precision; fp16 scales the loss; auto: bf16 where the device has instructions for it")
     run_.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (under torchrun the rank picks N)")
     run_.add_argument("--eval-every", type=int, default=1, help="epochs between evaluations on val")
     run_.add_argument("--eval-splits", nargs="*", default=["val"], help="splits that best.pt is scored on at the end")

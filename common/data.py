@@ -209,14 +209,21 @@ def load_image(path, width=0, height=0):
 class Example:
     """What a script's `targets` function sees of one image, in a loader worker.
 
-    masks (E,H,W) bool in the image's own frame, one for each expression drawn; `rng` is seeded by (seed, epoch, index).
+    meant (U,H,W) bool in the image's own frame, the distinct masks; mask_of (E,) which of them each expression drawn
+    means; `rng` is seeded by (seed, epoch, index).
     """
     dataset: "RefDataset"
     image: int
     expressions: np.ndarray
-    masks: np.ndarray
+    meant: np.ndarray
+    mask_of: np.ndarray
     frame: Frame
     rng: np.random.Generator
+
+    @property
+    def masks(self):
+        """(E,H,W) bool, one for each expression drawn."""
+        return self.meant[self.mask_of]
 
 
 class RefDataset(torch.utils.data.Dataset):
@@ -325,12 +332,12 @@ class RefDataset(torch.utils.data.Dataset):
 
     def _sample(self, epoch, image, expressions):
         rng = np.random.default_rng((self.seed, epoch, int(expressions[0]) if len(expressions) else image))
-        masks = None
+        meant, mask_of = None, None
         if self.targets or self.augment or self.original:
-            meant = {tuple(self.objects_of[e]): e for e in expressions}  # sentences about the same objects share a mask
-            meant = {objects: self.expression_mask(e) for objects, e in meant.items()}
-            masks = np.stack([meant[tuple(self.objects_of[e])] for e in expressions])
-        example = Example(self, image, expressions, masks, self.canvas.frame(*map(int, self.sizes[image])), rng)
+            distinct = list({tuple(self.objects_of[e]): e for e in expressions}.values())
+            meant = np.stack([self.expression_mask(e) for e in distinct])
+            mask_of = np.array([[self.objects_of[d] for d in distinct].index(self.objects_of[e]) for e in expressions])
+        example = Example(self, image, expressions, meant, mask_of, self.canvas.frame(*map(int, self.sizes[image])), rng)
         if self.augment:
             example.frame = self.augment(example)
         if self.flip and rng.random() < self.flip:
@@ -340,7 +347,7 @@ class RefDataset(torch.utils.data.Dataset):
         targets = self.targets(example) if self.targets else {}
         return {"image": frame.image_in(self.picture(image), self.canvas.fill), "ids": [self.encode(text) for text in texts],
                 "frame": frame, "expressions": expressions, "targets": targets,
-                "masks": torch.from_numpy(masks) if self.original else None}
+                "masks": torch.from_numpy(example.masks) if self.original else None}
 
 
 def _load_json(path):

@@ -4,6 +4,7 @@ Started by torchrun, `start` joins the process group (nccl on GPUs, gloo on CPUs
 python there is one rank and every function here is the identity.
 """
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -84,3 +85,16 @@ def total(ranks, tensor):
 def any_rank(ranks, flag):
     """Whether `flag` is true on any rank: all ranks then take the same branch."""
     return bool(total(ranks, torch.tensor(int(flag), device=ranks.device)))
+
+
+def resolve_amp(amp, device):
+    """--amp auto -> `bf16` where `device` has instructions for it, else `off`; the other values as they are."""
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            return "bf16" if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) else "off"
+    except OSError:  # no Linux: nothing tells, and emulation would be slower than none
+        return "off"

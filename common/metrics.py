@@ -136,7 +136,7 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
             kept.append(masks)
             heat = {name: value[of_image.to(ranks.device)].float() for name, value in output.get("heat", {}).items()}
             boxes = frame.boxes_img(output["boxes"][of_image.to(ranks.device)]) if "boxes" in output else boxes_of(masks)
-            rows += _rows(dataset, batch.index[of_image], masks, truth, prob, limit_, boxes, heat, frame, protocol)
+            rows += _rows(dataset, batch.index[of_image.numpy()], masks, truth, prob, limit_, boxes, heat, frame, protocol)
         if on_batch is not None:
             on_batch(batch, output, kept)
     rows = [row for share in distributed.gather(ranks, rows) for row in share]

@@ -1,11 +1,12 @@
-"""Clicks and superpixels of a prepared corpus: all that PKS's weak supervision knows of an object (arXiv 2212.10278, Sec. IV-A).
+"""Clicks and superpixels of a prepared corpus: what PKS's weak supervision knows of an object (2212.10278, Sec. IV-A).
 
     python -m data_prep.clicks --dataset refcoco --data-root data
 
 clicks.json has three clicks for every object that a sentence names: the centre of mass of its mask and the left-top and
 right-bottom corners of its annotated box, in pixels of the image, whole numbers on pixel edges. It holds no mask and no
-picture, so it can be passed on by itself. superpixels/<image_id>.png has the SLIC segments of a training image (Achanta et
-al., 2012), numbered from 1, at the image's size. A killed call is finished by the next one, and what is there is kept.
+picture, so it can be passed on by itself. superpixels/<image_id>.png has the SLIC segments of a training image (Achanta
+et al., 2012), numbered from 1, at the image's size. A killed call is finished by the next one, and what is there is
+kept.
 """
 import io
 import os
@@ -31,8 +32,8 @@ COLUMNS = ["centre_x", "centre_y", "left", "top", "right", "bottom"]
 def click(mask, box, snap=False):
     """The clicks of one object, and whether the mask holds its centre: ([6 numbers, as in COLUMNS], bool).
 
-    mask (H,W) bool or None, box xywh. The centre is the mask's centre of mass, or the box's centre where there is no mask;
-    with `snap`, a centre of mass outside the mask moves to the centre of the mask's nearest pixel.
+    mask (H,W) bool or None, box xywh. The centre is the mask's centre of mass, or the box's centre where there is no
+    mask; with `snap`, a centre of mass outside the mask moves to the centre of the mask's nearest pixel.
     """
     x, y, width, height = box
     centre, inside = np.array([x + width / 2, y + height / 2]), False
@@ -101,7 +102,8 @@ def segments_of(image, count):
 
 
 def write_superpixels(count, task):
-    """Segment one image; task: (picture, width, height, target). Returns a fault, or None; a finished target is kept."""
+    """Segment one image; task: (picture, width, height, target). Returns a fault, or None. Finished targets are
+    kept."""
     picture, width, height, target = task
     try:
         if is_made(target, width, height, count):
@@ -197,7 +199,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 1 <= args.segments < 2 ** 16:
         raise UserError(f"--segments {args.segments}: an image has between 1 and 65,535 superpixels.")
-    meta = make(args.data_root, args.dataset, args.splits, args.click == "snap", args.superpixels, args.segments, args.jobs)
+    meta = make(args.data_root, args.dataset, args.splits, args.click == "snap", args.superpixels, args.segments,
+                args.jobs)
     print(f"{Path(args.data_root) / args.dataset / 'clicks.json'}: {meta['objects']} objects, the centres of "
           f"{meta['outside']} ({100 * meta['outside'] / max(1, meta['objects']):.2f} %) lie outside their masks")
 

@@ -18,6 +18,7 @@ from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
 from common.config import Parser, UserError, run, write_text
+from common.masks import bbox, encode
 from data_prep import phrasecut, refshapes
 
 NAME, VERSION, MARKER = "phraseshapes", 1, "phraseshapes.json"
@@ -41,10 +42,11 @@ def phrases_of(things):
     return list(found.values())
 
 
-def polygons_of(mask):
-    """PhraseCut's polygons, lists of [x, y], of a mask (H,W) bool."""
-    corners = refshapes.outline(binary_fill_holes(mask))
-    return [[[x, y] for x, y in zip(polygon[::2], polygon[1::2])] for polygon in corners]
+def instance_of(mask):
+    """PhraseCut's (box [x, y, w, h], polygons of [x, y]) of a mask (H,W) bool."""
+    x, y, w, h = (int(value) for value in bbox(encode(mask), checked=True))
+    corners = refshapes.outline(binary_fill_holes(mask[y:y + h, x:x + w]), x, y)
+    return [x, y, w, h], [[list(point) for point in zip(polygon[::2], polygon[1::2])] for polygon in corners]
 
 
 def draw(seed, folder, job):
@@ -54,10 +56,11 @@ def draw(seed, folder, job):
     height, width = scene["image"].shape[:2]
     Image.fromarray(scene["image"]).save(Path(folder) / f"{image_id}.jpg", quality=95)
     tasks = []
+    instances = {id(thing): instance_of(thing.visible) for thing in scene["things"]}
     for number, (phrase, kind, meant) in enumerate(phrases_of(scene["things"])):
-        boxes = [refshapes.annotation(t.visible, as_polygon=False)["bbox"] for t in meant]
+        boxes, polygons = zip(*(instances[id(thing)] for thing in meant))
         tasks.append({"task_id": f"{image_id}__{number}", "image_id": image_id, "ann_ids": list(range(len(meant))),
-                      "instance_boxes": boxes, "Polygons": [polygons_of(t.visible) for t in meant], "phrase": phrase,
+                      "instance_boxes": boxes, "Polygons": polygons, "phrase": phrase,
                       "phrase_structure": {"name": phrase.split()[-1], "attributes": phrase.split()[:-1], "relation_ids": [],
                                            "relation_descriptions": [], "type": kind}})
     return {"image_id": image_id, "width": width, "height": height, "split": split}, tasks

@@ -76,7 +76,8 @@ def test_resumes(root):
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"clicks": {"1": [1, 2, 3]}}', '{"clicks": {"x": [1, 2, 3, 4, 5, 6]}}',
-                                     '{"clicks": {"1": [1, 2, 3, 4, 5, true]}}', '{"clicks": {"1": [1, 2, 3, 4, 5, 1e99]}}', None])
+                                     '{"clicks": {"1": [1, 2, 3, 4, 5, true]}}',
+                                     '{"clicks": {"1": [1, 2, 3, 4, 5, 1e99]}}', None])
 def test_bad_clicks(tmp_path, content):
     if content is not None:
         (tmp_path / "clicks.json").write_text(content)

@@ -76,10 +76,11 @@ def test_gated_crf_equals_the_unfolded_form():
 
 
 def test_gated_crf_details():
-    """image_of shares pictures; what lies under the gate never matters; nothing valid gives 0; half precision is not used."""
+    """image_of shares pictures; what lies under the gate never matters; nothing valid gives 0; no half precision."""
     prob, image, valid = data(4)
     of = torch.tensor([1, 0, 0, 1])
-    assert torch.equal(gated_crf_loss(prob, image[:2], valid=valid, image_of=of), gated_crf_loss(prob, image[of], valid=valid))
+    shared = gated_crf_loss(prob, image[:2], valid=valid, image_of=of)
+    assert torch.equal(shared, gated_crf_loss(prob, image[of], valid=valid))
     hidden = gated_crf_loss(torch.where(valid, prob, 9.0), torch.where(valid[:, None], image, 9.0), valid=valid)
     assert torch.equal(hidden, gated_crf_loss(prob, image, valid=valid))
     assert gated_crf_loss(prob, image, valid=torch.zeros_like(valid)) == 0

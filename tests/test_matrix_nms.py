@@ -77,7 +77,8 @@ def test_nothing_one_and_empty(kernel):
     assert matrix_nms(torch.ones(1, 4, 5, dtype=torch.bool), torch.tensor([0.7]), kernel=kernel).tolist() == \
         pytest.approx([0.7])
     scores = torch.tensor([0.2, 0.8, 0.5])
-    assert matrix_nms(torch.zeros(3, 4, 5, dtype=torch.bool), scores, kernel=kernel).tolist() == pytest.approx(scores.tolist())
+    decayed = matrix_nms(torch.zeros(3, 4, 5, dtype=torch.bool), scores, kernel=kernel)
+    assert decayed.tolist() == pytest.approx(scores.tolist())
 
 
 def test_half_precision_counts_exactly():

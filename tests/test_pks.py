@@ -13,6 +13,7 @@ from common.config import UserError, parse
 from common.matrix_nms import matrix_nms
 from common.text import Vocabulary
 from data_prep import clicks
+from eval import main as evaluate_run
 from tests.conftest import command
 
 VOCABULARY = Vocabulary([f"w{i}" for i in range(20)])
@@ -20,9 +21,9 @@ TINY = ["--yaml", "yaml/pks_refshapes.yaml", "--size", "64", "--dim", "16", "--t
         "--batch-size", "4", "--workers", "0", "--eval-splits", "val", "--amp", "off", "--levels", "1-5"]
 WEAK = [["--weak", "--weak-labels", labels] for labels in train_pks.WEAK_LABELS]
 ROWS = [[], ["--no-kernel"], ["--fusion", "mean"], ["--fusion", "multiply"], ["--fusion", "concat"], ["--steps", "1"],
-        ["--steps", "2"], ["--levels", "5"], ["--levels", "3-5"], ["--no-kernel", "--fusion", "concat", "--levels", "2-3"],
-        ["--msf-kernel", "1"], *WEAK, [*WEAK[1], "--no-balanced"], [*WEAK[3], "--no-kernel"],
-        [*WEAK[3], "--gcrf-rgb", "unit"]]
+        ["--steps", "2"], ["--levels", "5"], ["--levels", "3-5"], ["--msf-kernel", "1"],
+        ["--no-kernel", "--fusion", "concat", "--levels", "2-3"], *WEAK, [*WEAK[1], "--no-balanced"],
+        [*WEAK[3], "--no-kernel"], [*WEAK[3], "--gcrf-rgb", "unit"]]
 
 
 def build(*flags, seed=0):
@@ -64,7 +65,7 @@ def test_every_row_trains_and_segments(flags):
     images, image_of, text = inputs()
     out = model.eval().segment(model.encode_image(images), image_of, text)
     assert out["prob"].shape == (3, 16, 16) and 0 <= out["prob"].min() <= out["prob"].max() <= 1
-    assert out["score"].shape == (3,) and list(out["heat"]) == [f"level{i}" for i in train_pks.parse_levels(args.levels)]
+    assert list(out["heat"]) == [f"level{i}" for i in train_pks.parse_levels(args.levels)] and len(out["score"]) == 3
     if args.fusion == "msf":
         assert out["word_attention"].shape == (3, args.steps, 4) and (out["word_attention"][1, :, 1:] == 0).all()
 
@@ -121,7 +122,8 @@ def test_other_fusions_equal_their_plain_form(fusion):
     else:
         both = torch.cat([level, states.mean(1)[..., None, None].expand(-1, -1, 5, 6)], 1)
         weight = torch.cat([one.varphi_f[0].weight, one.phi_s.weight[..., None, None]], 1)
-        expected = one.varphi_f[1:](F.conv2d(both, weight, one.phi_s.bias))[0]
+        _, norm, activation = one.varphi_f
+        expected = activation(norm(F.conv2d(both, weight, one.phi_s.bias)))[0]
     assert attention is None and torch.allclose(fused[0], expected, atol=1e-5)
 
 
@@ -145,7 +147,8 @@ def test_dynamic_convolution_equals_its_loop():
         assert k == logits.shape[1]
 
 
-@pytest.mark.parametrize("width, height, size, max_size", [(40, 40, 64, 0), (50, 30, 64, 0), (60, 50, 100, 150), (50, 60, 100, 150)])
+@pytest.mark.parametrize("width, height, size, max_size", [(40, 40, 64, 0), (50, 30, 64, 0), (60, 50, 100, 150),
+                                                           (50, 60, 100, 150)])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_cells_by_hand(width, height, size, max_size, flipped):
     """The cells lie round the centre's own, on maps of the very size that the pyramid has, and none leaves the map."""
@@ -168,7 +171,8 @@ def test_cells_by_hand(width, height, size, max_size, flipped):
 
 
 def test_position_loss_by_hand():
-    """Eq. 9: on each level the focal sum over its positive cells, then the mean over levels and the sum over sentences."""
+    """Eq. 9: on each level the focal sum over its positive cells, then the mean over levels and the sum over
+    sentences."""
     cells = targets()["cells"]
     heats = [torch.randn(3, 8, 8), torch.randn(3, 4, 4)]
     loss = train_pks.position_loss({"heats": heats, "strides": [8, 16]}, cells)
@@ -177,7 +181,8 @@ def test_position_loss_by_hand():
         for e in range(3):
             positive = {c for c in cells[e, level].tolist() if c >= 0}
             prob = heat[e].flatten().sigmoid()
-            each = [-0.25 * (1 - p) ** 2 * p.log() if n in positive else -0.75 * p ** 2 * (1 - p).log() for n, p in enumerate(prob)]
+            each = [-0.25 * (1 - p) ** 2 * p.log() if n in positive else -0.75 * p ** 2 * (1 - p).log()
+                    for n, p in enumerate(prob)]
             total += sum(each).item() / len(positive) / 2
     assert loss.item() == pytest.approx(total, rel=1e-4)
 
@@ -188,7 +193,8 @@ def blob(x, y, radius=5, size=20):
 
 
 def test_merge():
-    """What a distractor does to each rule: only `union` pastes it in whole; top1 is the best mask; order is no matter."""
+    """What a distractor does to each rule: only `union` pastes it in whole; top1 is the best mask; order is no
+    matter."""
     prob = torch.stack([blob(5, 5), blob(6, 5), blob(15, 15, 4)])
     score = torch.tensor([0.8, 0.9, 0.3])
     merged = {how: train_pks.merge(prob, score, how, "gaussian", 0.05) for how in train_pks.MERGES}
@@ -197,7 +203,7 @@ def test_merge():
     assert torch.equal(merged["top1"], prob[1]) and torch.allclose(merged["agree"], agreeing)
     assert torch.allclose(merged["soft"], torch.einsum("k,khw->hw", decayed, prob) / decayed.sum())
     assert torch.equal(merged["union"], prob.amax(0)) and merged["union"][15, 15] > 0.5 > merged["soft"][15, 15]
-    assert torch.equal(train_pks.merge(prob, score, "union", "gaussian", 0.5), prob[:2].amax(0)[None].amax(0)) or decayed[0] < 0.5
+    assert decayed[0] < 0.5 and torch.equal(train_pks.merge(prob, score, "union", "gaussian", 0.5), prob[1])
     order = torch.tensor([2, 0, 1])
     for how, whole in merged.items():
         assert torch.allclose(train_pks.merge(prob[order], score[order], how, "gaussian", 0.05), whole)
@@ -207,7 +213,8 @@ def test_merge():
 
 @pytest.mark.parametrize("threshold", ["0.999", "0", "0.01"])
 def test_neither_padding_nor_neighbours_matter(threshold):
-    """A sentence's mask is the same with more padding, alone, and among other images, whether no or every cell passes."""
+    """A sentence's mask is the same with more padding, alone, and among other images, whether no or every cell
+    passes."""
     _, model = build("--lambda-f", threshold)
     model.eval()
     images, image_of, text = inputs()
@@ -233,14 +240,16 @@ def test_inference_follows_the_paper():
             passing = passing if len(passing) else heat[e].argmax()[None]
             true = torch.cat([c[c >= 0] + start for c, start in zip(cells[e, 1:3], (0, 64))])
             for chosen, got in ((passing, out), (true, oracle)):
-                prob = torch.einsum("kc,chw->khw", features["kernels"][image_of[e], chosen], features["mask"][image_of[e]]).sigmoid()
+                kernels, mask = features["kernels"][image_of[e], chosen], features["mask"][image_of[e]]
+                prob = torch.einsum("kc,chw->khw", kernels, mask).sigmoid()
                 expected = train_pks.merge(prob, heat[e][chosen], "soft", "gaussian", 0.05)
                 assert torch.allclose(got["prob"][e], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-kernel"], *WEAK], ids=" ".join)
 def test_nothing_to_learn_is_finite(flags):
-    """Empty masks, no label, no position: losses and gradients stay finite, and the oracle answers with an empty mask."""
+    """Empty masks, no label, no position: losses and gradients stay finite, and the oracle answers with an empty
+    mask."""
     args, model = build(*flags)
     nothing = targets(centres=[(np.nan, np.nan)] * 3)
     nothing["mask"].zero_(), nothing["labels"].fill_(-1)
@@ -281,7 +290,8 @@ def weak(shapes):
 def test_weak_targets(weak, kind, flip):
     """Sec. IV-A by its own words, on the canvas: clicked cell or superpixel, outside the corners, else unknown."""
     corpus, clicked, root = weak
-    view = corpus.view(flip=flip, targets=partial(train_pks.make_weak_targets, clicked=clicked, data_root=root, labels=kind))
+    targets = partial(train_pks.make_weak_targets, clicked=clicked, data_root=root, labels=kind)
+    view = corpus.view(flip=flip, targets=targets)
     full = corpus.view(flip=flip, targets=train_pks.make_targets)
     seen = set()
     for image in range(6):
@@ -300,11 +310,23 @@ def test_weak_targets(weak, kind, flip):
             assert label[cell // 16, cell % 16] == 1
             label[cell // 16, cell % 16] = -1
             if kind != "point_fg":
-                assert (label[outside & inside][label[outside & inside] != -1] == 0).all() and (label[~outside] != 0).all()
+                background = label[outside & inside]
+                assert (background[background != -1] == 0).all() and (label[~outside] != 0).all()
                 assert (label == 0).sum() >= (outside & inside).sum() - 1 and (label[~inside] == -1).all()
             assert kind.startswith("superpixel") or (label != 1).all()
             seen |= set(np.unique(label).tolist())
     assert seen == {-1} | ({0} if kind != "point_fg" else set()) | ({1} if kind.startswith("superpixel") else set())
+
+
+def test_report_panels(weak):
+    """Clicks, superpixels and labels of a case, drawn on the picture itself; nothing where the run was not weak."""
+    corpus, _, _ = weak
+    weakly, fully = build("--weak")[0], build()[0]
+    panels = train_pks.case_panels(weakly, corpus, 3)
+    height, width = corpus.sizes[corpus.expression_image[3]][::-1]
+    assert [caption.split(":")[0] for caption, _ in panels] == ["clicks", "superpixels", "labels"]
+    assert all(array.shape == (height, width, 3) and array.dtype == np.uint8 for _, array in panels)
+    assert train_pks.case_panels(fully, corpus, 3) == []
 
 
 def test_unknown_object_is_an_error(weak):
@@ -326,20 +348,32 @@ def test_several_objects_are_refused(weak):
         train_pks.check_corpus(corpus.view(objects_of=[[0, 1]] + corpus.objects_of[1:]))
 
 
-@pytest.mark.parametrize("schedule, at, expected", [("step", 0, 0.1), ("step", 9, 1.0), ("step", 220, 0.1), ("step", 270, 0.01),
-                                                    ("cosine", 155, 0.5)])
+@pytest.mark.parametrize("schedule, at, expected", [("step", 0, 0.1), ("step", 9, 1.0), ("step", 220, 0.1),
+                                                    ("step", 270, 0.01), ("cosine", 155, 0.5)])
 def test_learning_rate(schedule, at, expected):
     args, _ = build("--lr", "1", "--schedule", schedule, "--lr-drops", "22", "27", "--warmup-steps", "10")
     assert train_pks.learning_rate(args, at, 300, 10) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-kernel", "--levels", "2-3"]], ids=" ".join)
-def test_script(shapes, tmp_path, flags):
-    """Trained, evaluated and reported as its users run it."""
+def test_script(shapes, tmp_path, monkeypatch, flags):
+    """Trained, evaluated and reported as its users run it; eval.py's flags for PKS reach the model."""
     train_pks.main([*TINY, *flags, "--data-root", str(shapes), "--out", str(tmp_path / "run"), "--max-steps", "2"])
     summary = json.loads((tmp_path / "run" / "eval" / "refshapes_val.json").read_text())
     levels = [2, 3] if flags else [1, 2, 3, 4, 5]
     assert set(summary["pointing"]) == {f"level{i}" for i in levels} and (tmp_path / "run" / "report.html").exists()
+    asked = []
+    segment = train_pks.PKS.segment
+
+    def spy(model, features, image_of, text, targets=None):
+        asked.append((model.merge, targets is not None))
+        return segment(model, features, image_of, text, targets)
+
+    monkeypatch.setattr(train_pks.PKS, "segment", spy)
+    for words, expected in ([], ("agree", False)), (["--oracle-pos", "--merge", "union"], ("union", True)):
+        evaluate_run(["--run", str(tmp_path / "run"), "--data-root", str(shapes), "--workers", "0", *words])
+        assert set(asked) == {expected}
+        asked.clear()
 
 
 def test_weak_on_two_ranks(shapes, tmp_path):

@@ -1,0 +1,499 @@
+"""Partial-RES: sequences and their edge cases, equations against naive loops, the cache, each flag, the chain of stages."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_seqtr_partial as partial_res
+from common import checkpoint, data, masks
+from common.config import UserError, parse
+from common.text import Vocabulary
+from tests.conftest import REPOSITORY, command
+
+VOCABULARY = Vocabulary([f"w{i}" for i in range(20)])
+TINY = ["--yaml", "yaml/seqtr_partial_refshapes.yaml", "--size", "64", "--dim", "16", "--heads", "2", "--text-dim", "16",
+        "--encoder-layers", "1", "--decoder-layers", "2", "--bins", "32", "--points", "5", "--batch-size", "4", "--workers", "0",
+        "--eval-splits", "val"]
+ROWS = [[], ["--cctf", "released"], ["--cctf", "off"], ["--pmca", "released"], ["--pmca", "off"], ["--cctf", "off", "--pmca", "off"],
+        ["--positions", "keys"], ["--stage", "rec"]]
+
+
+def settings(*flags):
+    args = parse(partial_res.get_parser(), [*TINY, *flags])
+    return partial_res.of_stage(args, "res" if args.stage == "all" else args.stage)
+
+
+def build(*flags, seed=0):
+    torch.manual_seed(seed)
+    args = settings(*flags)
+    return args, partial_res.build_model(args, VOCABULARY)
+
+
+def inputs(seed=1):
+    """Three sentences on an upright, a lying and a small picture, with their sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.tensor(data.Canvas.fill, dtype=torch.uint8)[:, None, None].repeat(3, 1, 64, 64)
+    for image, (w, h) in zip(images, ((64, 39), (45, 64), (20, 30))):
+        image[:, :h, :w] = torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
+    text = torch.tensor([[3, 4, 5, 0], [6, 0, 0, 0], [7, 8, 9, 10]])
+    tokens = torch.randint(0, 32, (3, 10), generator=generator)
+    tokens[1] = 32
+    tokens[2, 6:] = 32
+    return images, torch.tensor([0, 1, 2]), text, tokens
+
+
+def blob(seed=0, size=90):
+    """A ragged mask in one part."""
+    angle, rng = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.random.default_rng(seed)
+    radius = size * (0.3 + 0.08 * np.sin(3 * angle + seed)) + rng.normal(0, 0.5, 60)
+    points = size / 2 + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return partial_res.rasterise(points, size, size)
+
+
+def example(mask, frame=None, box=None, seed=0):
+    height, width = mask.shape
+    frame = frame or data.Frame(width, height, width, height, width, height)
+    holder = type("Corpus", (), {"expression_box": lambda self, e: np.array(box, float)})()
+    return data.Example(holder, 0, np.array([0]), mask[None], frame, np.random.default_rng(seed))
+
+
+def tokens_of(mask, points=5, bins=32, contour="largest", sampling="uniform", **more):
+    return partial_res.make_targets(example(mask), points, bins, contour, sampling, **more)["tokens"][0]
+
+
+def points_of(tokens, size, bins=32):
+    return partial_res.dequantise(tokens[None], torch.tensor([size]), bins)[0]
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------
+
+def test_contour_of_a_fixture():
+    mask = np.zeros((6, 7), bool)
+    mask[1:3, 2:5] = mask[3, 2] = True
+    expected = [[2.5, 1], [3.5, 1], [4.5, 1], [5, 1.5], [5, 2.5], [4.5, 3], [3.5, 3], [3, 3.5], [2.5, 4], [2, 3.5], [2, 2.5], [2, 1.5]]
+    assert partial_res.trace(mask, "largest").tolist() == expected
+    assert partial_res.sample(np.array(expected), 4, "stride").tolist() == expected[::3]
+    assert len(partial_res.sample(np.array(expected), 5, "stride")) == 4, "every third vertex: at most N points, not N"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_polygon_gives_the_mask_back(seed):
+    mask = blob(seed)
+    line = partial_res.trace(mask, "largest")
+    assert partial_res.area(line) > 0 and line[0, 1] == line[:, 1].min()
+    points = partial_res.sample(line, 200, "uniform")
+    gaps = np.linalg.norm(np.diff(np.concatenate([points, points[:1]]), axis=0), axis=1)
+    assert np.allclose(points[0], line[0]) and gaps.std() < 0.15 * gaps.mean()
+    assert iou(partial_res.rasterise(points, *mask.shape), mask) >= 0.95
+    quantised = points_of(tokens_of(mask, 200, 1000), (90, 90), 1000).numpy()
+    assert iou(partial_res.rasterise(quantised, *mask.shape), mask) >= 0.95
+
+
+def test_parts_and_holes():
+    mask = np.zeros((40, 60), bool)
+    mask[5:25, 5:25] = True
+    mask[10:15, 10:15] = False
+    mask[30:36, 40:50] = mask[2:5, 50:53] = True
+    filled = mask.copy()
+    filled[10:15, 10:15] = True
+    largest = partial_res.rasterise(partial_res.trace(mask, "largest"), 40, 60)
+    assert largest[5:25, 5:25].mean() > 0.98 and largest.sum() <= 400, "the largest part, its hole filled"
+    bridged = partial_res.rasterise(partial_res.trace(mask, "bridge"), 40, 60)
+    assert iou(bridged, filled) > 0.95
+    touching = np.eye(8, dtype=bool)
+    assert len(partial_res.outlines(touching)) == 1, "pixels that meet at a corner are one part"
+
+
+@pytest.mark.parametrize("size", [(640, 427), (37, 128), (1, 1)])
+@pytest.mark.parametrize("bins", [32, 1000])
+def test_quantisation_stays_within_a_bin(size, bins):
+    points = np.random.default_rng(0).uniform(0, 1, (200, 2)) * size
+    points[:2] = [[0, 0], size]
+    tokens = partial_res.quantise(points, size, bins)
+    assert tokens.min() >= 0 and tokens.max() < bins
+    back = points_of(torch.from_numpy(tokens).flatten(), size, bins).numpy()
+    error = np.abs(back - points) / size * bins
+    assert (error <= 1 + 1e-3).all() and (error[points < np.array(size) * (1 - 1 / bins)] <= 0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stride"])
+def test_edge_cases(sampling):
+    """One pixel, nothing, fewer vertices than N, and sequences of two, one and no points."""
+    one = np.zeros((32, 32), bool)
+    assert (tokens_of(one, sampling=sampling) == 32).all(), "an empty mask is EOS alone"
+    assert not partial_res.rasterise(points_of(tokens_of(one), (32, 32)).numpy(), 32, 32).any()
+    one[7, 9] = True
+    tokens = tokens_of(one, 12, sampling=sampling)
+    there = tokens[tokens < 32]
+    assert len(there) == (24 if sampling == "uniform" else 8), "N points however short, or all vertices and EOS"
+    assert set(there.tolist()) <= {7, 8, 9, 10}
+    points = torch.tensor([[2.0, 3], [10, 9]])
+    box = partial_res.rasterise(points.numpy(), 16, 16)
+    assert box.sum() == 8 * 6 and box[3:9, 2:10].all(), "two points are the box between them"
+    assert np.array_equal(box, partial_res.rasterise(points.flip(0).numpy(), 16, 16))
+    assert not partial_res.rasterise(points[:1].numpy(), 16, 16).any()
+    cut = points_of(torch.tensor([4, 4, 8, 8, 9, 32, 5, 5]), (32, 32))
+    assert cut[:2].tolist() == [[4, 4], [8, 8]] and cut[2:].isnan().all(), "EOS ends it, half a point and all behind it fall"
+    assert partial_res.boxes_round(torch.stack([cut, cut * torch.nan])).tolist() == [[4, 4, 8, 8], [0, 0, 0, 0]]
+
+
+def test_boxes_flips_and_shrinking():
+    mask = np.zeros((40, 40), bool)
+    mask[10:20, 4:12] = True
+    frame = data.Frame(40, 40, 40, 40, 40, 40, flipped=True)
+    make = partial(partial_res.make_targets, points=8, bins=40, contour="largest", sampling="uniform")
+    boxed = make(example(mask, frame, box=(4, 10, 12, 20)), box=True)["tokens"][0]
+    assert boxed.tolist() == [28, 10, 36, 20]
+    raw = {0: np.array([[4, 10], [12, 10], [12, 20], [4, 20.0]])}
+    mirrored = points_of(make(example(mask, frame), raw=raw)["tokens"][0], (40, 40), 40)[:4].numpy()
+    assert partial_res.area(mirrored) == 80, "raw points stay clockwise in the mirror"
+    small = replace(frame, in_width=2, in_height=2)
+    assert (make(example(mask, small))["tokens"] < 40).all(), "what shrinks below half a pixel is still there"
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_jitter_keeps_the_object(flip):
+    mask = np.zeros((50, 100), bool)
+    mask[30:48, 60:90] = True
+    canvas, sizes = data.Canvas(64), set()
+    for seed in range(40):
+        frame = partial_res.jitter(example(mask, canvas.frame(100, 50), seed=seed), 0.3, 1.9, flip)
+        w, h = partial_res.visible_size(frame)
+        covered = frame.masks_in(mask[None])[0]
+        assert covered.sum() == pytest.approx(mask.sum() * frame.in_width * frame.in_height / 5000, rel=1e-4)
+        picture = frame.image_in(torch.randint(0, 120, (3, 50, 100), dtype=torch.uint8), canvas.fill)
+        assert partial_res.extent(picture[None], torch.tensor(canvas.fill, dtype=torch.uint8)).tolist() == [[w, h]]
+        assert frame.flipped == bool(flip)
+        sizes.add((w, h, frame.left))
+    assert len(sizes) > 20
+
+
+def test_projection_loss():
+    mask, box = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
+    box[5:15, 5:15] = True
+    assert partial_res.projection_loss(mask, box) == 2 and partial_res.projection_loss(box, box) == 0
+    mask[5:15, 5:10] = True
+    assert partial_res.projection_loss(mask, box) == pytest.approx(1 - 2 * 5 / 15)
+    ring = box.copy()
+    ring[6:14, 6:14] = False
+    assert partial_res.projection_loss(ring, box) == 0, "D sees projections alone"
+
+
+# ---- model --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ROWS, ids=" ".join)
+def test_every_row_trains_and_segments(flags):
+    args, model = build(*flags)
+    images, image_of, text, tokens = inputs()
+    tokens = tokens[:, :2 * model.points]
+    partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, args)["ce"].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    with torch.inference_mode():
+        out = model.eval().segment(model.encode_image(images), image_of, text)
+    assert out["prob"].shape == (3, 256, 256) and set(out["prob"].unique().tolist()) <= {0.0, 1.0}
+    assert out["points"].shape == (3, model.points, 2) and out["boxes"].shape == (3, 4) and out["score"].shape == (3,)
+
+
+def test_rows_differ():
+    seen = {}
+    for flags in ROWS[:-1]:
+        args, model = build(*flags)
+        images, image_of, text, tokens = inputs()
+        key = round(partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, args)["ce"].item(), 5)
+        assert key not in seen, (flags, seen.get(key))
+        seen[key] = flags
+
+
+@pytest.mark.parametrize("flags", ROWS, ids=" ".join)
+def test_cached_decoding_is_the_uncached(flags):
+    """Token for token, against greedy decoding that runs the whole prefix anew at every step; and the same logits."""
+    _, model = build(*flags, seed=3)
+    model.eval()
+    images, image_of, text, _ = inputs()
+    for parameter in model.predictor[-1].parameters():
+        parameter.data *= 20  # spread the choices
+    with torch.inference_mode():
+        memory = model.encode(model.encode_image(images), image_of, text)
+        tokens, cached = torch.zeros(3, 0, dtype=torch.int64), [{} for _ in model.decoder]
+        for step in range(2 * model.points):
+            logits = model.decode(memory, tokens)
+            kept = model.decode(memory, tokens[:, -1:] if step else None, step - 1, cached)
+            assert torch.allclose(logits[:, -1:], kept, atol=1e-4)
+            last = logits[:, -1]
+            if model.box:
+                last[:, model.bins] = -torch.inf
+            tokens = torch.cat([tokens, last.argmax(-1, keepdim=True)], 1)
+        ended = (tokens == model.bins).cumsum(1) > 0
+        assert torch.equal(model.generate(memory)[0], tokens.masked_fill(ended, model.bins))
+
+
+@pytest.mark.parametrize("flags", ROWS, ids=" ".join)
+def test_neither_padding_nor_neighbours_matter(flags):
+    """Mixed aspect ratios together equal one image at a time; more padding of the sentence changes nothing, nor do bytes."""
+    _, model = build(*flags)
+    model.eval()
+    images, image_of, text, tokens = inputs()
+    tokens = tokens[:, :2 * model.points]
+    with torch.inference_mode():
+        together = model(images, image_of, F.pad(text, (0, 3)), tokens)
+        alone = torch.cat([model(images[i:i + 1], torch.tensor([0]), text[i:i + 1], tokens[i:i + 1]) for i in range(3)])
+        floats = model(images.float() / 255, image_of, text, tokens)
+    assert torch.allclose(together, alone, atol=1e-4) and torch.allclose(together, floats, atol=1e-4)
+
+
+def test_padding_is_not_attended_to():
+    """What stands in cells of padding alone, behind the encoder's mask, does not reach the logits."""
+    _, model = build()
+    model.eval()
+    images, image_of, text, tokens = inputs()
+    with torch.inference_mode():
+        memory = model.encode(model.encode_image(images), image_of, text)
+        # cells of 16 pixels: 4 x 3, 3 x 4, 2 x 2 of them hold something of the picture
+        assert memory["visible"].sum(1).tolist() == [12, 12, 4]
+        before = model.decode(memory, tokens)
+        hidden = ~memory["visible"][:, None, :, None]
+        memory["keys"] = [tuple(part.masked_fill(hidden, 1e3) for part in keys) for keys in memory["keys"]]
+        assert torch.equal(model.decode(memory, tokens), before)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_cctf_equals_the_double_loop(mode):
+    """Eq. 4: the mean over the column that x points at and the row that y does, of each image's own size."""
+    torch.manual_seed(0)
+    cells, bins, size = torch.randn(3, 4, 5, 6), 32, torch.tensor([[5.0, 3], [2.6, 4], [1, 1]])
+    valid_x, valid_y = (torch.arange(n) < size[:, i, None].ceil() for i, n in ((0, 5), (1, 4)))
+    tokens = torch.randint(0, bins, (3, 8))
+    lines = partial_res.co_content(cells, valid_x, valid_y, mode)
+    index = partial_res.line_index(tokens, bins, size, 5, 4, mode)
+    for e in range(3):
+        for t in range(8):
+            token, w, h = tokens[e, t].item(), size[e, 0].item(), size[e, 1].item()
+            if mode == "paper":
+                column, row = cells[e, :math.ceil(h), int(token * w / bins)], cells[e, int(token * h / bins), :math.ceil(w)]
+            else:
+                column, row = cells[e, int(token / bins * 3)], cells[e, :, int(token / bins * 4)]
+            assert torch.allclose(lines[0][e, index[0][e, t]], column.mean(0), atol=1e-6)
+            assert torch.allclose(lines[1][e, index[1][e, t]], row.mean(0), atol=1e-6)
+
+
+def test_cctf_joins_coordinates_alone():
+    """Eq. 5: x takes a column's mean and y a row's, EOS and [TASK] nothing."""
+    _, model = build()
+    images, image_of, text, tokens = inputs()
+    memory = model.encode(model.encode_image(images), image_of, text)
+    added = model.embed(memory, tokens) - model.coordinates(tokens)
+    assert (added[tokens == 32] == 0).all() and (added[tokens < 32] != 0).any(1).all()
+    same = tokens.clone()
+    same[:, 1::2] = same[:, ::2]
+    index = partial_res.line_index(same, 32, memory["cells"], 4, 4, "paper")
+    assert torch.allclose(model.embed(memory, same)[0, 2] - model.coordinates(same[0, 2]), memory["lines"][0][0, index[0][0, 2]], atol=1e-6)
+    assert torch.allclose(model.embed(memory, same)[0, 3] - model.coordinates(same[0, 3]), memory["lines"][1][0, index[1][0, 3]], atol=1e-6)
+
+
+def test_gaussian_is_zero_at_its_centre():
+    u, v = (torch.arange(4)[None] + 0.5) / 4, (torch.arange(3)[None] + 0.5) / 3
+    centre, weight = torch.tensor([u[0, 2], v[0, 1]]).view(1, 1, 1, 2), torch.tensor([2.0, 5.0]).view(1, 1, 1, 2)
+    g = partial_res.gaussian(centre, weight, u, v)[0, 0, 0].view(3, 4)
+    assert g[1, 2] == 0 and (g.flatten().sort().values[:-1] < 0).all()
+    assert g[0, 0].item() == pytest.approx(-(0.5 ** 2 * 2 + (1 / 3) ** 2 * 5)), "Eq. 7, x by the width and y by the height"
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_pmca_by_hand(mode):
+    _, model = build("--pmca", mode)
+    pmca = model.decoder[0].pmca
+    torch.nn.init.normal_(pmca.mlp[-1].weight)
+    s, state = torch.randn(1, 3, 16), torch.randn(1, 3, 16)
+    memory = {"u": torch.tensor([[0.2, 0.6, 1.0]]), "v": torch.tensor([[0.25, 0.75]]), "cells": torch.tensor([[2.5, 2.0]])}
+    bias = pmca(s, state, memory)
+    assert bias.shape == (1, 1 if mode == "paper" else 2, 3, 6)
+    out = pmca.mlp(s if mode == "paper" else state)[0, 1]
+    if mode == "paper":
+        (cx, cy, sx, sy) = out.sigmoid().tolist()
+        expected = -(0.6 - cx) ** 2 / (8 * sx ** 2) - (0.75 - cy) ** 2 / (8 * sy ** 2)
+    else:
+        cx, cy, sx, sy = *out[2:4].sigmoid().tolist(), *out[6:8].tolist()  # the second head's
+        expected = -((0.6 - cx) * 2.5 * sx) ** 2 / 8 - ((0.75 - cy) * 2 * sy) ** 2 / 8
+    assert bias[0, -1, 1, 1 * 3 + 1].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_by_hand():
+    args, _ = build("--smoothing", "0.1", "--eos-weight", "0.25")
+    logits, tokens = torch.randn(2, 5, 33), torch.tensor([[1, 2, 3, 4], [5, 6, 32, 32]])
+    total = 0
+    for e, row in enumerate([[1, 2, 3, 4, 32], [5, 6, 32, 32, 32]]):
+        for t, token in enumerate(row):
+            log = logits[e, t].log_softmax(0)
+            total -= (0.9 * log[token] + 0.1 * log.mean()) * (0.25 if token == 32 else 1) / 5
+    assert partial_res.loss_terms(logits, {"tokens": tokens}, args)["ce"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_a_few_steps_learn():
+    """The loss of one batch falls to a quarter, and the contour is then read back."""
+    args, model = build("--dropout", "0")
+    images, image_of, text, tokens = inputs()
+    optimizer, first = torch.optim.AdamW(model.parameters(), lr=5e-3), None
+    for _ in range(120):
+        loss = partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, settings("--smoothing", "0"))["ce"] / 3
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.25 * first
+    with torch.inference_mode():
+        found = model.eval().generate(model.encode(model.encode_image(images), image_of, text))[0]
+    assert (found == tokens).float().mean() > 0.9
+
+
+def test_average():
+    """Begins equal to the weights, follows them, and takes buffers of whole numbers over."""
+    model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    model.weight.data.fill_(3.0)
+    model.num_batches_tracked.fill_(7)
+    partial_res.average(averaged, model, 0.75)
+    assert averaged.weight.tolist() == [1.5, 1.5] and averaged.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("ratio, stage, rate", [(1, "res", 1e-4), (5, "res", 3e-4), (10, "res", 5e-4), (1, "retrain", 5e-4), (1, "rec", 5e-4)])
+def test_rates_of_the_paper(ratio, stage, rate):
+    args = partial_res.of_stage(parse(partial_res.get_parser(), ["--ratio", str(ratio)], own_yaml=partial_res.YAML), stage)
+    assert partial_res.learning_rate(args, 500, 1000) == rate and partial_res.learning_rate(args, 900, 1000) == pytest.approx(rate / 10)
+    assert (args.cctf, args.pmca) == (("off", "off") if stage == "rec" else ("paper", "paper"))
+
+
+def test_own_yaml_is_the_defaults():
+    defaults = vars(partial_res.get_parser().parse_args([]))
+    assert vars(parse(partial_res.get_parser(), [], own_yaml=partial_res.YAML)) == defaults | {
+        "name": "base", "eval_splits": ["val", "testA", "testB"]}
+
+
+# ---- stages -------------------------------------------------------------------------------------------------
+
+CHAIN = [*TINY, "--ratio", "50", "--threshold", "inf", "--rec-epochs", "1", "--epochs", "1", "--retrain-epochs", "1",
+         "--save-every", "1", "--log-every", "1", "--eval-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def chain(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chain") / "run"
+    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def labels(out):
+    return json.loads((out / "pseudo" / "masks.json").read_text())["labels"]
+
+
+def test_chain(chain, shapes):
+    out, said = chain
+    assert all((out / stage / "best.pt").is_file() and (out / stage / "report.html").is_file() for stage in ("rec", "res", "retrain"))
+    assert "reach mIoU" in said and said.rstrip().splitlines()[-1].startswith("retrain")
+    train = data.RefDataset(shapes / "refshapes" / "train.json", None, None)
+    supervised = partial_res.has_masks(parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes)]), train)
+    assert 0 < supervised.sum() < len(train)
+    assert {label["id"] for label in labels(out)} == set(train.sent_ids[~supervised].tolist())
+    for label in labels(out):
+        e = int(np.flatnonzero(train.sent_ids == label["id"])[0])
+        mask = masks.decode(masks.check_rle(label["mask"], *train.sizes[train.expression_image[e]][::-1]))
+        assert label["D"] == pytest.approx(partial_res.projection_loss(mask, partial_res.box_mask(train, e)), abs=1e-5)
+    rec = checkpoint.load(out / "rec" / "best.pt")
+    assert "REC@0.5" in rec["best"] and rec["args"]["cctf"] == "off" and not any(".pmca." in name for name in rec["model"])
+
+
+def test_a_second_call_finds_all_done(chain, shapes):
+    out, _ = chain
+    before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*.pt"), *out.rglob("eval/*"), out / "pseudo" / "masks.json"]}
+    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
+    assert done.returncode == 0 and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("stage", ["pseudo", "retrain"])
+def test_killed_chain_goes_on(chain, shapes, tmp_path, stage):
+    """Killed as a stage begins or in its midst: the next call ends with the unbroken chain's weights and labels."""
+    whole, _ = chain
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "train_seqtr_partial.py", *CHAIN, "--data-root", str(shapes), "--out", str(out)],
+                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    sign = {"pseudo": out / "res" / "eval" / "refshapes_val.json", "retrain": out / "retrain" / "last.pt"}[stage]
+    deadline = time.monotonic() + 120
+    while not sign.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("rec", "res", "retrain"):
+        ours, theirs = (checkpoint.load(folder / part / "best.pt")["model"] for folder in (out, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+    assert labels(out) == labels(whole)
+
+
+def test_what_retraining_learns_from(chain, shapes):
+    """True masks of the subset, pseudo masks elsewhere, none that is empty or unlike its box, and no hidden mask is read."""
+    out, _ = chain
+    train = data.RefDataset(shapes / "refshapes" / "train.json", None, None, partial(
+        partial_res.make_targets, points=5, bins=32, contour="largest", sampling="uniform"))
+    args = partial_res.of_stage(parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes)]), "retrain")
+    supervised = partial_res.has_masks(args, train)
+    train.rles = [rle if any(supervised[e] and i in meant for e, meant in enumerate(train.objects_of)) else None
+                  for i, rle in enumerate(train.rles)]  # as where nobody drew them
+    path, prepared = out.parent / "other" / "pseudo" / "masks.json", json.loads((out / "pseudo" / "masks.json").read_text())
+    path.parent.mkdir(parents=True)
+    for label in prepared["labels"]:
+        e = int(np.flatnonzero(train.sent_ids == label["id"])[0])
+        label["mask"] = masks.encode(partial_res.box_mask(train, e))
+        label["D"], label["points"] = 0.0, [[1, 1], [9, 1], [9, 9]]
+    width, height = train.sizes[train.expression_image[np.flatnonzero(train.sent_ids == prepared["labels"][0]["id"])[0]]].tolist()
+    prepared["labels"][0]["mask"] = masks.encode(np.zeros((height, width), bool))
+    prepared["labels"][1]["D"] = 0.1
+    path.write_text(json.dumps(prepared))
+    pseudo, _ = partial_res.read_pseudo(path, train, 0.1)
+    assert len(pseudo) == len(prepared["labels"]) - 2 and len(partial_res.read_pseudo(path, train, math.inf)[0]) == len(pseudo) + 1
+    for flags, expected in (([], 5), (["--no-rpp"], 3)):
+        args.rpp, args.threshold = not flags, 0.1
+        view = partial_res.training_view(args, train, path.parents[1] / "retrain")
+        assert sum(map(len, view.of_image)) == supervised.sum() + len(pseudo)
+        view.encode, view.canvas = partial_res.frontend(args, VOCABULARY)
+        e = next(iter(pseudo))
+        tokens = view[(0, int(view.expression_image[e]), np.array([e]))]["targets"]["tokens"][0]
+        assert (tokens < 32).sum() == 2 * expected
+    args.stage = "res"
+    for e in partial_res.training_view(args, train, path).of_image:
+        assert supervised[e].all()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--stage", "res"], "rec/best.pt does not exist"), (["--stage", "retrain", "--rec-from", "{rec}"], "masks.json does not exist"),
+    (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--dim", "18"], "multiple of 4"), (["--size", "60"], "multiple of 32"),
+    (["--rec-from", "{rec}", "--dim", "32"], "has another --dim"), (["--out", "{out}", "--lr", "1"], "--lr 0.002; give the same settings"),
+])
+def test_bad_input(chain, shapes, tmp_path, flags, sentence):
+    out, _ = chain
+    words = [word.format(rec=out / "rec" / "best.pt", out=out) for word in flags]
+    with pytest.raises(UserError, match=sentence):
+        partial_res.main([*CHAIN, "--data-root", str(shapes), "--out", str(tmp_path / "r"), *words])
+
+
+def test_sentences_that_mean_nothing_are_refused(shapes):
+    train = data.RefDataset(shapes / "refshapes" / "train.json", None, None)
+    partial_res.check_corpus(train)
+    train.objects_of[3] = []
+    with pytest.raises(UserError, match="means no object"):
+        partial_res.check_corpus(train)

@@ -1,0 +1,358 @@
+"""TSEG: pooling and labels against the equations written out, each flag, gathering over ranks, and the edge cases."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import train_tseg
+from common import checkpoint, data, distributed
+from common.config import UserError, parse
+from common.text import WordPiece
+from data_prep.refshapes import wordpieces
+
+ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
+VOCABULARY = WordPiece(wordpieces(["tabby cat brown red dog left right"] * 30))
+TINY = ["--yaml", "yaml/tseg_refshapes.yaml", "--size", "32", "--vit-dim", "12", "--vit-depth", "1", "--bert-dim", "12",
+        "--bert-layers", "1", "--dim", "16", "--batch-size", "4", "--workers", "0", "--eval-splits", "val", "--scale", "0.5", "2",
+        "--amp", "off"]
+ROWS = [[], ["--pooling", "gap"], ["--pooling", "gmp"], ["--pooling", "spa"], ["--labels", "tfidf"], ["--penalty-lambda", "0"],
+        ["--penalty-p", "0"], ["--reduction", "mean"], ["--dim", "24"], ["--full"], ["--pretrain", "boxes"]]
+
+
+def build(*flags, seed=0):
+    args = parse(train_tseg.get_parser(), [*TINY, *flags])
+    torch.manual_seed(seed)
+    return args, train_tseg.build_model(args, VOCABULARY)
+
+
+def inputs(texts=("tabby cat", "red dog", "left dog", "brown cat"), image_of=(0, 0, 1, 1), seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (max(image_of) + 1, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.tensor(image_of), data.pad_text([VOCABULARY(text) for text in texts])
+
+
+def targets(texts=("tabby cat", "red dog", "left dog", "brown cat"), image_of=(0, 0, 1, 1), inside=None):
+    """What the loader makes, the drawn expressions being all that the images have."""
+    numbers = [train_tseg.string_number(text) for text in texts]
+    known = [[n for n, i in zip(numbers, image_of) if i == mine] for mine in image_of]
+    known = [(row * 9)[:8] for row in known]
+    masks = torch.zeros(len(texts), 32, 32)
+    masks[:, 4:20, 3:18] = 1
+    inside = torch.ones(len(texts), 16, dtype=torch.bool) if inside is None else inside
+    return {"inside": inside, "string": torch.tensor(numbers), "known": torch.tensor(known), "mask": masks}
+
+
+def loss_of(model, args, batch, wanted, idf=None):
+    return sum(train_tseg.loss_terms(model(*batch), wanted, args, ALONE, idf).values())
+
+
+# ---- Eq. 2-8 ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p, share, value", [
+    (5, 0, -4.605), (5, .01, -3.72), (5, .02, -3.17), (5, .05, -2.177), (5, .1, -1.303), (5, .2, -.511), (5, .3, -.197),
+    (5, .5, -.021), (5, .8, 0), (3, .05, -2.412), (3, .1, -1.609), (3, .2, -.799), (3, .3, -.402), (3, .5, -.084), (0, 1, .01)])
+def test_penalty(p, share, value):
+    assert train_tseg.size_penalty(torch.tensor(float(share)), 0.01, p).item() == pytest.approx(value, abs=6e-3)
+
+
+@pytest.mark.parametrize("pooling", ["gap", "gmp", "spa", "mpa"])
+def test_pooling_equals_its_equations(pooling):
+    args, _ = build("--pooling", pooling, "--eps", "0.5")
+    s = 3 * torch.randn(2, 6, 3, dtype=torch.float64)
+    inside = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]], dtype=torch.bool)
+    z = train_tseg.pool(s, inside, args)
+    for b in range(2):
+        there = [i for i in range(6) if inside[b, i]]
+        for j in range(3):
+            column = [s[b, i, j].item() for i in there]
+            if pooling in ("gap", "gmp"):
+                expected = sum(column) / len(there) if pooling == "gap" else max(column)
+            else:
+                total = [1 + (sum(math.exp(v) for v in s[b, i].tolist()) if pooling == "spa" else math.exp(s[b, i, j])) for i in there]
+                m = [math.exp(v) / t for v, t in zip(column, total)]
+                mean = sum(m) / len(m)
+                expected = sum(v * w for v, w in zip(column, m)) / (sum(m) + 0.5) + (1 - mean) ** 5 * math.log(0.01 + mean)
+            assert z[b, j].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_text_is_assigned_alike():
+    """MPA equals SPA where there is one text, and where all texts are the same string."""
+    s = torch.randn(2, 9, 1)
+    assert torch.allclose(train_tseg.assign(s, "mpa"), train_tseg.assign(s, "spa"), atol=1e-6)
+    copies = s.expand(-1, -1, 3)
+    assert torch.allclose(train_tseg.assign(copies, "mpa"), train_tseg.assign(copies, "spa", torch.tensor([3, 3, 3])), atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["gap", "gmp", "spa", "mpa"])
+def test_patches_outside_the_image_change_nothing(pooling):
+    args, _ = build("--pooling", pooling)
+    s = torch.randn(2, 16, 5, requires_grad=True)
+    inside = torch.ones(2, 16, dtype=torch.bool)
+    inside[1, 10:] = False
+    z = train_tseg.pool(s, inside, args)
+    short = train_tseg.pool(s[1:, :10], inside[1:, :10], args)
+    other = train_tseg.pool(torch.where(inside[..., None], s, 50.0), inside, args)
+    z.sum().backward()
+    assert torch.allclose(z[1:], short, atol=1e-6) and torch.equal(z, other) and not s.grad[1, 10:].any()
+
+
+@pytest.mark.parametrize("pooling", ["gap", "gmp", "spa"])
+def test_exclusive_masks_are_the_argmax(pooling):
+    args, _ = build("--pooling", pooling)
+    same = torch.eye(4, dtype=torch.bool)
+    same[1, 3] = same[3, 1] = True
+    s = 2 * torch.randn(16, 4)
+    s[:, 3] = s[:, 1]
+    prob = train_tseg.exclusive(s, same, args)
+    if pooling == "spa":
+        e = s[:, :3].exp()
+        maps = train_tseg._finer((e / (1 + e.sum(1, keepdim=True))).T.unflatten(1, (4, 4)))
+        background = 1 - maps.sum(0)
+    else:
+        maps = s[:, :3].clamp(min=0)
+        maps = train_tseg._finer((maps / maps.amax(0)).T.unflatten(1, (4, 4)))
+        background = (1 - maps.amax(0)) ** 16
+    winner = torch.cat([background[None], maps]).argmax(0)
+    assert 0 <= prob.min() <= prob.max() <= 1 and torch.equal(prob[1], prob[3])
+    for j in range(3):
+        assert torch.equal(prob[j] >= 0.5, winner == j + 1)
+
+
+# ---- labels and losses --------------------------------------------------------------------------------------
+
+def test_labels_are_equal_strings():
+    """Equal strings are one text; an expression that the image has but did not draw counts as present."""
+    texts, image_of = ("Tabby  cat", "red dog", "tabby cat"), (0, 1, 1)
+    wanted = targets(texts, image_of)
+    wanted["known"][0, 1] = train_tseg.string_number("red dog")
+    out = {"image_of": torch.tensor(image_of), "text": inputs(texts, image_of)[2]}
+    vectors, string, text = train_tseg.gather_texts(torch.randn(3, 4), wanted["string"], out["text"], ALONE)
+    assert len(vectors) == len(string) == len(text) == 2
+    labels = train_tseg.image_labels(out, wanted, string, text, torch.tensor([0, 1]), None)
+    assert labels.tolist() == [[1, 1], [1, 1]]
+    wanted["known"][0] = wanted["string"][0]
+    assert train_tseg.image_labels(out, wanted, string, text, torch.tensor([0, 1]), None).tolist() == [[1, 0], [1, 1]]
+
+
+def test_labels_by_tfidf():
+    """The paper's example: brown cat is somewhat in an image of a tabby cat, red dog is not."""
+    texts, image_of = ("tabby cat", "brown cat", "red dog"), (0, 1, 1)
+    _, _, text = inputs(texts, image_of)
+    idf = train_tseg.document_weights([VOCABULARY(t) for t in (*texts, "left dog")], len(VOCABULARY))
+    labels = train_tseg.image_labels({"image_of": torch.tensor(image_of), "text": text}, targets(texts, image_of),
+                                     targets(texts, image_of)["string"], text, torch.tensor([0, 1]), idf)
+    tabby, cat = math.log(4), math.log(2)
+    assert labels[0].tolist() == pytest.approx([1, cat ** 2 / (tabby ** 2 + cat ** 2), 0], abs=1e-6)
+    assert idf[VOCABULARY.cls_id] == idf[VOCABULARY.sep_id] == 0
+
+
+def test_classification_loss_is_the_printed_one():
+    args, model = build()
+    batch, wanted = inputs(), targets()
+    out = model(*batch)
+    z = train_tseg.pool(train_tseg.similarities(out["patches"], out["texts"], out["scale"]), wanted["inside"][:2], args).sigmoid()
+    true = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1.]])
+    printed = -(true * z.log() + (1 - true) * (1 - z).log()).sum()
+    assert loss_of(model, args, batch, wanted).item() == pytest.approx(printed.item(), rel=1e-5)
+    args.reduction = "mean"
+    assert loss_of(model, args, batch, wanted).item() == pytest.approx(printed.item() / 4, rel=1e-5)
+
+
+def test_dice_is_the_printed_one():
+    s, truth = torch.randn(1, 16), targets()["mask"][:1]
+    m = torch.nn.functional.interpolate(s.view(1, 1, 4, 4), (32, 32), mode="bilinear")[0, 0].sigmoid()
+    printed = 1 - 2 * (m * truth[0]).sum() / (m.sum() + truth[0].sum())
+    ours = train_tseg.dice(s, truth, torch.ones(1, 16, dtype=torch.bool), smooth=0)
+    assert ours.item() == pytest.approx(printed.item(), rel=1e-5)
+    assert train_tseg.dice(torch.full((1, 16), -99.0), 0 * truth, torch.ones(1, 16, dtype=torch.bool)).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("flags", ROWS, ids=" ".join)
+def test_every_row_trains_and_segments(flags):
+    args, model = build(*flags)
+    batch = inputs()
+    inside = torch.ones(4, 16, dtype=torch.bool)
+    inside[2:, 8:] = False
+    idf = train_tseg.document_weights([VOCABULARY("red dog"), VOCABULARY("left cat")], len(VOCABULARY))
+    loss = loss_of(model, args, batch, targets(inside=inside), idf if args.labels == "tfidf" else None)
+    loss.backward()
+    assert torch.isfinite(loss) and [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert model.log_scale.grad != 0
+    out = model.eval().segment(model.encode_image(batch[0]), *batch[1:])
+    assert len(out["prob"]) == len(out["score"]) == len(out["heat"]["S"]) == 4
+    assert 0 <= out["prob"].min() <= out["prob"].max() <= 1 and out["prob"].shape[1] % 4 == 0
+
+
+def test_rows_differ():
+    """No two rows of the tables are the same model, loss and answer."""
+    seen = {}
+    for flags in ROWS:
+        args, model = build(*flags)
+        idf = torch.ones(len(VOCABULARY)) if args.labels == "tfidf" else None
+        loss = loss_of(model, args, inputs(), targets(), idf).item()
+        key = (round(loss, 5), tuple(model.segment(model.encode_image(inputs()[0]), *inputs()[1:])["prob"].shape))
+        key += (args.pretrain,)  # boxes differ from masks in their targets alone
+        assert key not in seen, (flags, seen[key])
+        seen[key] = flags
+
+
+@pytest.mark.parametrize("flags", [[], ["--pooling", "spa"], ["--pooling", "gap"]], ids=" ".join)
+def test_neither_padding_nor_other_images_matter(flags):
+    _, model = build(*flags)
+    model.eval()
+    images, image_of, text = inputs()
+    with torch.inference_mode():
+        out = model.segment(model.encode_image(images), image_of, text)
+        padded = model.segment(model.encode_image(images), image_of, torch.nn.functional.pad(text, (0, 5)))
+        alone = model.segment(model.encode_image(images[1:]), torch.tensor([0, 0]), text[2:])
+    for key in ("prob", "score"):
+        assert torch.allclose(out[key], padded[key], atol=1e-5) and torch.allclose(out[key][2:], alone[key], atol=1e-5)
+
+
+# ---- ranks --------------------------------------------------------------------------------------------------
+
+SHARES = [(("tabby cat", "red dog", "left brown dog right"), (0, 0, 0)), (("left dog", "tabby cat"), (0, 1))]
+
+
+def gradients(rank, folder):
+    """One of two ranks with unlike numbers of images, texts and words: its loss, and the gradients that DDP agrees on."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    args, model = build()
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    terms = train_tseg.loss_terms(wrapped(*inputs(*SHARES[rank], seed=rank)), targets(*SHARES[rank]), args,
+                                  distributed.Ranks(rank, 2, torch.device("cpu")))
+    (sum(terms.values()) * 2 / 3).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_have_the_gradient_of_one(tmp_path):
+    multiprocessing.spawn(gradients, (str(tmp_path),), nprocs=2)
+    args, model = build()
+    images = torch.cat([inputs(*share, seed=rank)[0] for rank, share in enumerate(SHARES)])
+    texts, image_of = SHARES[0][0] + SHARES[1][0], (0, 0, 0, 1, 2)
+    (loss_of(model, args, (images, *inputs(texts, image_of)[1:]), targets(texts, image_of)) / 3).backward()
+    own = [p.grad for p in model.parameters()]
+    scale = max(grad.abs().max() for grad in own)
+    for rank in range(2):
+        for grad, other in zip(own, torch.load(tmp_path / f"{rank}.pt", weights_only=True)):
+            assert (grad - other).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-3 * scale)
+
+
+# ---- loading and whole runs ---------------------------------------------------------------------------------
+
+def training_set(shapes, *flags):
+    args = parse(train_tseg.get_parser(), [*TINY, "--data-root", str(shapes), *flags])
+    vocabulary = train_tseg.load_vocabulary(args)
+    dataset = data.RefDataset(data.split_path(shapes, "refshapes", "train"), *train_tseg.frontend(args, vocabulary), None, args.flip, 0,
+                              train_tseg.partial(train_tseg.augment, scale=args.scale))
+    dataset.targets = train_tseg.partial(train_tseg.make_targets, args=args, widest=max(map(len, dataset.of_image)))
+    return args, dataset
+
+
+def test_samples_say_where_the_image_is(shapes):
+    """Patches outside the rescaled image are marked; the strings are those of the mirrored expressions."""
+    args, dataset = training_set(shapes, "--flip", "1")
+    seen = set()
+    for epoch in range(8):
+        sample = dataset[(epoch, 0, dataset.of_image[0][:2])]
+        frame, wanted = sample["frame"], sample["targets"]
+        covered = np.zeros((32, 32))
+        covered[:max(0, frame.top + frame.in_height), :max(0, frame.left + frame.in_width)] = 1
+        shares = covered.reshape(4, 8, 4, 8).mean((1, 3))
+        assert torch.equal(wanted["inside"][0].view(4, 4), torch.from_numpy(shares >= 0.5))
+        mirrored = [train_tseg.swap_left_right(dataset.texts[e]) for e in dataset.of_image[0]]
+        assert set(wanted["known"][0].tolist()) == {train_tseg.string_number(text) for text in mirrored}
+        assert set(wanted["string"].tolist()) <= set(wanted["known"][0].tolist())
+        assert 16 <= frame.in_width <= 64 and -32 <= frame.left <= 0
+        seen.add((frame.in_width, frame.left, frame.top))
+    assert len(seen) > 4
+
+
+def test_boxes_take_the_masks_place(shapes):
+    args, dataset = training_set(shapes, "--pretrain", "boxes", "--flip", "0", "--scale", "1", "1")
+    sample = dataset[(0, 0, dataset.of_image[0][:1])]
+    x, y, w, h = dataset.boxes[dataset.objects_of[dataset.of_image[0][0]][0]]
+    width, height = dataset.sizes[0]
+    assert sample["targets"]["mask"].sum().item() == pytest.approx(w * h * 32 * 32 / (width * height), rel=0.01)
+
+
+def test_fractions_are_nested(shapes):
+    _, dataset = training_set(shapes)
+    few, many = (set(train_tseg.draw_images(dataset, share, 3).tolist()) for share in (0.25, 0.5))
+    assert len(few) == 4 and len(many) == 8 and few < many
+    assert np.array_equal(train_tseg.draw_images(dataset, 1, 3), dataset.with_expressions)
+    with pytest.raises(UserError, match="--fraction"):
+        train_tseg.draw_images(dataset, 0, 3)
+
+
+def test_boxes_then_text(shapes, tmp_path):
+    """Table 2e's two runs, as a user starts them: boxes, then text from there; scores are written."""
+    common = [*TINY, "--data-root", str(shapes), "--max-steps", "2", "--epochs", "1"]
+    train_tseg.main([*common, "--pretrain", "boxes", "--out", str(tmp_path / "boxes")])
+    train_tseg.main([*common, "--init", str(tmp_path / "boxes" / "best.pt"), "--labels", "tfidf", "--fraction", "0.5", "--lr", "0",
+                     "--out", str(tmp_path / "text")])
+    assert json.loads((tmp_path / "text" / "eval" / "refshapes_val.json").read_text())["n"] > 0
+    first, second = (checkpoint.load(tmp_path / name / "best.pt")["model"] for name in ("boxes", "text"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("texts, size", [(["zzz qqq"], (40, 30)), ([""], (40, 30)), (["§§ ☃"], (40, 30)), (["red dog"], (3, 2)),
+                                         ([f"red dog {i}" for i in range(200)], (40, 30)), (["red dog"] * 3, (500, 1))],
+                         ids=["unknown", "empty", "signs", "smaller than a patch", "200 phrases", "a line"])
+@pytest.mark.parametrize("pooling", ["gap", "gmp", "spa", "mpa"])
+def test_odd_requests_have_answers(texts, size, pooling):
+    """Unknown words, a one-coloured image, many phrases, tiny images: finite scores, and masks as large as the image."""
+    args, model = build("--pooling", pooling)
+    encode, canvas = train_tseg.frontend(args, VOCABULARY)
+    frame = canvas.frame(*size)
+    image = frame.image_in(torch.full((3, size[1], size[0]), 77, dtype=torch.uint8), canvas.fill)
+    text, image_of = data.pad_text([encode(text) for text in texts]), torch.zeros(len(texts), dtype=torch.int64)
+    with torch.inference_mode():
+        out = model.eval().segment(model.encode_image(image[None]), image_of, text)
+    prob = frame.prob_img(out["prob"])
+    assert prob.shape == (len(texts), size[1], size[0]) and prob.isfinite().all() and out["score"].isfinite().all()
+    if len(texts) == 3:
+        assert torch.allclose(prob[0], prob[2], atol=1e-5) and out["score"][0] == pytest.approx(out["score"][2].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("step, expected", [(0, 1.0), (50, 0.5 ** 0.9), (99, 0.01 ** 0.9)])
+def test_learning_rate(step, expected):
+    args, _ = build("--lr", "1", "--warmup-steps", "0")
+    assert train_tseg.learning_rate(args, step, 100, 10) == pytest.approx(expected)
+
+
+def test_full_changes_optimiser_and_size():
+    """--full and --pretrain bring the fully supervised settings; the command line still wins; neither goes with both."""
+    settings = lambda *flags: parse(train_tseg.get_parser(), list(flags), train_tseg.YAML,  # noqa: E731
+                                    {"full": train_tseg.FULL_YAML, "pretrain": train_tseg.FULL_YAML})
+    weak, full, boxes = settings(), settings("--full"), settings("--pretrain", "boxes", "--size", "256")
+    assert (weak.optimizer, weak.lr, weak.size, weak.batch_size) == ("sgd", 1e-3, 384, 32)
+    assert (full.optimizer, full.lr, full.size, full.batch_size, full.name) == ("adamw", 5e-5, 512, 16, "full")
+    assert (boxes.optimizer, boxes.size) == ("adamw", 256)
+    assert vars(settings()) | {"yaml": None, "name": ""} == vars(train_tseg.get_parser().parse_args([])) | {
+        "eval_splits": weak.eval_splits, "name": ""}
+
+
+@pytest.mark.parametrize("flags, says", [(["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"),
+                                         (["--max-words", "600"], "510 pieces"), (["--full", "--pretrain", "boxes"], "one of them")])
+def test_settings_that_cannot_be(flags, says):
+    args = parse(train_tseg.get_parser(), [*TINY, *flags])
+    with pytest.raises(UserError, match=says):
+        train_tseg.frontend(args, VOCABULARY)
+
+
+def test_missing_files_are_named(shapes, tmp_path):
+    """Published settings on a corpus without BERT's vocabulary; a start from a run with other words."""
+    with pytest.raises(UserError, match="bert_vocab.txt does not exist.*tseg_phraseshapes.yaml"):
+        train_tseg.main(["--dataset", "refshapes", "--data-root", str(shapes), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    args, model = build()
+    checkpoint.save(tmp_path / "best.pt", train_tseg.snapshot(args, model, VOCABULARY, 0, {}))
+    args.init = str(tmp_path / "best.pt")
+    with pytest.raises(UserError, match="vocabulary of --vocab"):
+        train_tseg.start_from(model, WordPiece(wordpieces(["other words"] * 30)), args)

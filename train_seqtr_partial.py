@@ -1,0 +1,1045 @@
+"""Partial-RES: segment point by point, from all boxes and few masks (Qu et al., CVPR 2023), on SeqTR (Zhu et al., ECCV 2022).
+
+Box and mask are sequences of coordinates from one vocabulary: two corners, or N contour points. A model that learnt boxes
+(`rec`) learns contours from the masks of a few objects (`res`), contours for all other sentences are predicted and those
+that fit their box are kept (`pseudo`), and the model of boxes learns contours again, from both (`retrain`).
+
+    python train_seqtr_partial.py --yaml yaml/seqtr_partial_refshapes.yaml --ratio 10     embedded data, two CPU cores
+    torchrun --nproc_per_node 4 train_seqtr_partial.py                                    the paper's setting, 10 % of RefCOCO
+    python train_seqtr_partial.py --ratio 1 --cctf off --pmca off                         Tables 1 and 2, the baseline
+    python train_seqtr_partial.py --ratio 1 --rec-from runs/…/rec/best.pt --threshold inf Table 4, no selection
+    python train_seqtr_partial.py --stage res --ratio 100                                 fully supervised
+
+All stages run in their order, each in <run>/<stage>/; a further call goes on from what is there.
+
+Where the paper is silent
+  backbone      frozen, as most of it in SeqTR. `--no-freeze-backbone` trains it (with its BatchNorm statistics frozen).
+  fusion        "from the finest to coarsest": average pooling, concatenation, 3x3 convolution, level by level, as SeqTR, with
+                GroupNorm; word vectors of GloVe stay as they are.
+  mp(.)         pools over the words, as its result multiplies every cell ("along the channel dimension" is a slip).
+  positions     sine for the cells, in shares of the image's own extent, learned for the sequence. They are added "before
+                entering", and, as in DETR, once more to the queries and keys of every layer; SeqTR has these alone
+                (`--positions keys`). The transformer is DETR's: post-norm, 8 heads, 4 times as wide inside.
+  own size      a canvas holds the image at its left-top and padding of one colour. Coordinates, CCTF and PMCA refer to the
+                part of the canvas that the image fills; cells of padding alone are not attended to, nor averaged.
+  Eq. 2         its M+1 values meet M bins: the far edge belongs to the last bin.
+  contour       of the part with the largest area (`--contour bridge` joins all parts by their nearest points), on pixel edges,
+                from the leftmost of its topmost vertices; N points equally far apart along it, however short it is. SeqTR
+                takes every ceil(L/N)-th of L vertices, so at most N points: `--sampling stride`.
+  EOS           ends every sequence, and is its every token where there is no mask. In masks it weighs 0.1 (SeqTR).
+  output        is cut at the first EOS; one point or none: no mask; two: the box between them; an odd last coordinate falls.
+  Eq. 4         cell floor(x W / M) of the image's own, fractional number of columns W; nothing for [TASK] and EOS. The
+                released code swaps the axes and scales by W - 1 and H - 1, padding included: `--cctf released`.
+  Eq. 6-7       centre and scale in shares of the image, as the sigmoid suggests; log G joins the logits of every head (SMCA).
+                A layer's own MLP starts at a centre of 1/2 and a scale of 1/2: nearly flat. `--pmca released`: from the
+                state after self-attention, for each head, the scale free, in cells, and multiplied: log G = -(d s)^2 / sigma.
+  Eq. 8         "dice" is the loss, 1 - dice coefficient: only so is D < 0.10 stricter than no threshold.
+  pseudo labels every sentence of train without a mask gets its own. Empty masks are no labels, whatever the threshold.
+  retrain       begins from the model of boxes, as the released scripts; `--retrain-from res` goes on instead.
+  rec           plain SeqTR without CCTF and PMCA ("the REC model trained in SeqTR"), so that all rows share it (`--rec-from`).
+  jitter        scale 0.3 to 1.4, SeqTR's; a crop holds the whole object where it can. For pseudo labels the object is the label.
+  first values  of dic(.) and of the last layer: sines of each bin's place, so that neighbouring bins begin alike.
+  schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
+  epoch         visits every object once with one of its sentences drawn (SeqTR).
+"""
+import copy
+import math
+import signal
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from skimage.measure import find_contours
+from torch.nn.parallel import DistributedDataParallel
+
+from common import checkpoint, data, distributed, masks, metrics, runlog
+from common.backbones import Darknet53, ResNet, Small, load_weights
+from common.config import UserError, base_parser, parse, run
+from common.language import BiGRU
+from common.layers import ConvNormAct, normalise
+from common.text import Vocabulary
+from data_prep import subsets
+from data_prep.glove import load_words
+from data_prep.refcoco import field, read_json, write_json
+
+# ---- settings -----------------------------------------------------------------------------------------------
+
+YAML = "yaml/seqtr_partial.yaml"
+EMBEDDED_YAML = "yaml/seqtr_partial_refshapes.yaml"
+make_vocabulary = Vocabulary  # what a checkpoint's list of entries becomes again
+STAGES = ("rec", "res", "pseudo", "retrain")
+RATES = {1: 1e-4, 5: 3e-4, 10: 5e-4, 50: 5e-4, 100: 5e-4}  # of `res`, by ratio; Sec. 4.2
+INSIDE = 0.5  # a polygon's raster is 0 or 1, and a pixel of the image belongs to it from here on
+
+
+def get_parser():
+    """Every setting with its default, which is the paper's on RefCOCO."""
+    parser = base_parser(__doc__)
+    parser.set_defaults(epochs=120, batch_size=128, lr=0.0, clip=0.15, epoch_unit="ref", eval_every=5)
+    stages = parser.add_argument_group("stages")
+    add = stages.add_argument
+    add("--stage", choices=("all", *STAGES), default="all", help="one stage alone; those before it must be there")
+    add("--rec-epochs", type=int, default=60, help="epochs of `rec`; SeqTR's. --epochs are those of `res`, Sec. 4.2: 120 to 150; "
+        "--eval-every counts in those, and all stages are evaluated equally often")
+    add("--retrain-epochs", type=int, default=120, help="epochs of `retrain`; Sec. 4.2")
+    add("--rec-from", default="", help="best.pt of another run's `rec` instead of that stage")
+    add("--retrain-from", choices=("rec", "res"), default="rec", help="the weights that `retrain` begins with")
+    add = parser.add_argument_group("input").add_argument
+    add("--size", type=int, default=640, help="side of the square input, a multiple of 32; Sec. 4.2")
+    add("--max-words", type=int, default=15, help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.2. 0: blind to the sentence, a control")
+    add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
+    add("--jitter", type=float, nargs=2, default=[0.3, 1.4], metavar=("LOW", "HIGH"),
+        help="large-scale jitter, needs one expression an image; `1 1`: none")
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--backbone", choices=("darknet53", "resnet50", "resnet101", "small"), default="darknet53", help="Sec. 4.2")
+    add("--finest-stride", type=int, choices=(4, 8), default=8,
+        help="the finest of three scales; the transformer's cells are four times as wide; 4 for small pictures")
+    add("--weights", default="data/weights/darknet53_coco_minus.pt",
+        help="file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
+    parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
+    parser.switch(model, "freeze-backbone", True, "keep the backbone's weights as they are")
+    add("--embeddings", choices=("glove", "random"), default="glove",
+        help="word vectors: data/<dataset>/words.npz from `python -m data_prep.glove`, or trained from nothing")
+    add("--text-dim", type=int, default=1024, help="bi-GRU, both directions together, and the fused maps of Eq. 1")
+    add("--dim", type=int, default=256, help="channels of the transformer; Sec. 3.2")
+    add("--heads", type=int, default=8, help="of its attention; SeqTR's")
+    add("--encoder-layers", type=int, default=6, help="Sec. 3.2")
+    add("--decoder-layers", type=int, default=3, help="Sec. 3.2")
+    add("--dropout", type=float, default=0.1, help="in the transformer; SeqTR's")
+    add("--positions", choices=("input", "keys"), default="input", help="where position encodings enter; Sec. 3.2 or SeqTR")
+    add("--bins", type=int, default=1000, help="M of Eq. 2")
+    ablation = parser.add_argument_group("ablation (Tables 1-4, Fig. 6)")
+    add = ablation.add_argument
+    add("--ratio", type=int, choices=subsets.RATIOS, default=10, help="percent of the objects that have masks; Table 1, Fig. 6")
+    add("--cctf", choices=("paper", "released", "off"), default="paper", help="co-content teacher forcing, Eq. 4-5; Table 2")
+    add("--pmca", choices=("paper", "released", "off"), default="paper", help="point-modulated cross-attention, Eq. 6-7; Table 2")
+    add("--sigma", type=float, default=8.0, help="bandwidth of Eq. 7; SMCA's")
+    add("--points", type=int, default=18, help="N: 18, RefCOCOg 12; Sec. 4.2")
+    add("--contour", choices=("largest", "bridge"), default="largest", help="what is traced of a mask in several parts")
+    add("--sampling", choices=("uniform", "stride"), default="uniform", help="N points, or at most N by SeqTR's stride")
+    add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8 below it are kept; inf: all; Table 4. (A "
+        "polygon needs no binarisation)")
+    parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, the predicted points themselves; Table 3")
+    loss = parser.add_argument_group("loss and schedule")
+    add = loss.add_argument
+    add("--smoothing", type=float, default=0.1, help="label smoothing; SeqTR's")
+    add("--eos-weight", type=float, default=0.1, help="weight of EOS among a mask's tokens; SeqTR's")
+    add("--stage-lr", type=float, default=5e-4, help="rate of `rec` and `retrain`; Sec. 4.2. --lr is that of `res`, 0: by ratio")
+    add("--schedule", choices=("step", "cosine"), default="step", help="step: lr falls by 10 at --lr-drop")
+    add("--lr-drop", type=float, default=0.833, help="share of the steps before the fall; SeqTR's")
+    add("--warmup", type=float, default=0.055, help="share of the steps in which lr rises from 0; SeqTR's")
+    add("--weight-decay", type=float, default=0.0, help="decoupled weight decay")
+    add("--optimizer", choices=("adamw", "amsgrad"), default="adamw", help="adamw: Sec. 4.2; amsgrad: the released code's Adam")
+    add("--ema", type=float, default=0.999, help="largest decay of the averaged weights, which are scored; 0: none")
+    return parser
+
+
+def frontend(args, vocabulary):
+    """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
+    if args.size % 32:
+        raise UserError(f"--size {args.size} is not a multiple of 32, the backbone's coarsest stride.")
+    return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size)
+
+
+def of_stage(args, stage):
+    """The settings of one stage: those of the call, with what the stage fixes."""
+    epochs = {"rec": args.rec_epochs, "retrain": args.retrain_epochs}.get(stage, args.epochs)
+    changed = {"stage": stage, "epochs": epochs, "eval_every": max(1, round(args.eval_every * epochs / args.epochs)),
+               "lr": args.stage_lr if stage != "res" else args.lr or RATES[args.ratio]}
+    if stage == "rec":
+        changed |= {"cctf": "off", "pmca": "off"}
+    return type(args)(**{**vars(args), **changed})
+
+
+# ---- model --------------------------------------------------------------------------------------------------
+# Shapes: B images, E sentences, L words, C = --dim channels, S = h*w cells of the coarsest map, T tokens of a sequence,
+# P points. Tokens are bins 0 … M-1 and EOS = M; x and y alternate, x first.
+
+BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
+             "small": lambda: Small(24, (1, 2, 3))}
+
+
+class SeqTR(nn.Module):
+    """Image and sentence to a sequence of coordinates."""
+
+    def __init__(self, args, vocabulary_size):
+        super().__init__()
+        self.points = 2 if args.stage == "rec" else args.points
+        self.bins, self.cctf, self.box, self.placed = args.bins, args.cctf, args.stage == "rec", args.positions == "input"
+        self.fill = torch.tensor(data.Canvas.fill, dtype=torch.uint8)
+        self.backbone = BACKBONES[args.backbone]()
+        if args.freeze_backbone:
+            self.backbone.requires_grad_(False)
+        self.strides = [args.finest_stride * 2 ** i for i in range(3)]
+        if not set(self.strides) <= set(self.backbone.strides):
+            raise UserError(f"--finest-stride {args.finest_stride} needs features at {self.strides}; --backbone "
+                            f"{args.backbone} has {list(self.backbone.strides)}.")
+        if args.dim % 4 or args.dim % args.heads:
+            raise UserError(f"--dim {args.dim} must be a multiple of 4 and of --heads {args.heads}.")
+        fine, middle, coarse = (self.backbone.channels[stride] for stride in self.strides)
+        self.merge1 = ConvNormAct(fine, fine, 3)
+        self.merge2 = ConvNormAct(fine + middle, fine + middle, 3)
+        self.merge3 = nn.Sequential(ConvNormAct(fine + middle + coarse, fine + middle + coarse, 3),
+                                    ConvNormAct(fine + middle + coarse, args.text_dim, 1))
+        self.language = BiGRU(vocabulary_size, hidden=args.text_dim // 2, train_embeddings=args.embeddings == "random")
+        self.project = nn.Sequential(nn.Conv2d(args.text_dim, args.dim, 1),
+                                     nn.GroupNorm(math.gcd(32, args.dim), args.dim))
+        self.encoder = nn.ModuleList(EncoderLayer(args.dim, args.heads, args.dropout) for _ in range(args.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(args.dim, args.heads, args.dropout, args.pmca, args.sigma)
+                                     for _ in range(args.decoder_layers))
+        self.norm = nn.LayerNorm(args.dim)
+        self.task = nn.Embedding(2, args.dim)                    # [TASK]: a box, a mask
+        self.coordinates = nn.Embedding(args.bins + 1, args.dim)  # dic(.) of Eq. 3, for x and y alike
+        self.places = nn.Embedding(2 * args.points + 1, args.dim)  # of the sequence; a box uses the first five
+        self.predictor = nn.Sequential(nn.Linear(args.dim, args.dim), nn.ReLU(), nn.Linear(args.dim, args.dim), nn.ReLU(),
+                                       nn.Linear(args.dim, args.bins + 1))
+        for module in (self.encoder, self.decoder, self.task, self.coordinates, self.places):
+            for parameter in module.parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for layer in self.decoder:
+            if layer.pmca is not None:
+                layer.pmca.start()
+        with torch.no_grad():  # bins that lie together begin alike, as what is read and as what is said
+            waves = bin_waves(args.bins, args.dim)
+            self.coordinates.weight[:-1] = 0.3 * waves
+            self.predictor[-1].weight[:-1] = 0.1 * waves
+
+    def encode_image(self, images):
+        """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> fused map (B,text_dim,h,w) and
+        the extent (B,2) of each picture on its canvas, width and height in pixels."""
+        features = self.backbone(normalise(images, self.backbone.mean, self.backbone.std))
+        fine, middle, coarse = (features[stride] for stride in self.strides)
+        x = self.merge1(F.avg_pool2d(fine, 2))
+        x = self.merge2(F.avg_pool2d(torch.cat([x, middle], 1), 2))
+        return self.merge3(torch.cat([x, coarse], 1)), extent(images, self.fill)
+
+    def forward(self, images, image_of, text, tokens):
+        """Teacher forcing: images (B,3,H,W), image_of (E,), text (E,L) ids, tokens (E,2P) -> logits (E,2P+1,M+1)."""
+        memory = self.encode(self.encode_image(images), image_of, text)
+        return self.decode(memory, tokens)
+
+    def encode(self, features, image_of, text):
+        """Fusion and encoder: features from `encode_image` -> Memory of each sentence."""
+        visual, size = features
+        size = size[image_of]
+        states, known = self.language(text)
+        sentence = states.masked_fill(~known[..., None], -torch.inf).amax(1)                 # mp(F_l), (E, text_dim)
+        fused = visual.tanh()[image_of] * sentence.tanh()[..., None, None]                   # Eq. 1
+        x = self.project(fused)
+        h, w = x.shape[2:]
+        stride = self.strides[-1]
+        u = (torch.arange(w, device=x.device) + 0.5) * stride / size[:, :1]                  # (E, w), shares of the width
+        v = (torch.arange(h, device=x.device) + 0.5) * stride / size[:, 1:]                  # (E, h)
+        # a cell belongs to the image where its near edge does
+        valid_x, valid_y = (u - 0.5 * stride / size[:, :1] < 1 - 1e-4), (v - 0.5 * stride / size[:, 1:] < 1 - 1e-4)
+        visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, S)
+        half = x.shape[1] // 2
+        position = torch.cat([sine(v, half)[:, :, None].expand(-1, -1, w, -1),
+                              sine(u, half)[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)  # (E, S, C)
+        x = x.flatten(2).transpose(1, 2)
+        x = x + position if self.placed else x
+        for layer in self.encoder:
+            x = layer(x, position, visible[:, None, None])
+        lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
+        keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
+        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": size / stride, "lines": lines, "size": size}
+
+    def embed(self, memory, tokens, start=0):
+        """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
+        embedded = self.coordinates(tokens)                                                  # Eq. 3
+        if self.cctf == "off":
+            return embedded
+        index_x, index_y = line_index(tokens, self.bins, memory["cells"], memory["u"].shape[1], memory["v"].shape[1], self.cctf)
+        take = lambda lines, index: lines.gather(1, index[..., None].expand(-1, -1, lines.shape[2]))  # noqa: E731
+        is_x = (torch.arange(start, start + tokens.shape[1], device=tokens.device) % 2 == 0)[None, :, None]
+        content = torch.where(is_x, take(memory["lines"][0], index_x), take(memory["lines"][1], index_y))
+        if self.cctf == "paper":
+            content = content.masked_fill((tokens == self.bins)[..., None], 0)
+        return embedded + content                                                            # Eq. 5
+
+    def decode(self, memory, tokens=None, start=0, cache=None):
+        """Logits of what follows each token. Without a cache: tokens (E,T) -> (E,T+1,M+1), for [TASK] and each token. With a
+        cache (a list, a dict for each decoder layer): only the new tokens are computed, and [TASK] stands for tokens=None."""
+        count = len(memory["visible"])
+        task = self.task.weight[0 if self.box else 1].expand(count, 1, -1)
+        if tokens is None:
+            s = task
+        elif cache is None:
+            s, start = torch.cat([task, self.embed(memory, tokens)], 1), -1
+        else:
+            s = self.embed(memory, tokens, start)
+        place = self.places.weight[start + 1:start + 1 + s.shape[1]] if tokens is not None else self.places.weight[:1]
+        x = s + place if self.placed else s
+        for i, layer in enumerate(self.decoder):
+            x = layer(x, s, place, memory, memory["keys"][i], None if cache is None else cache[i])
+        return self.predictor(self.norm(x))
+
+    def generate(self, memory):
+        """Greedy decoding of all sentences together: tokens (E,2P), EOS from the first EOS on, and the geometric mean (E,) of
+        the probabilities chosen."""
+        cache, tokens = [{} for _ in self.decoder], None
+        chosen, logs = [], []
+        ended = torch.zeros(len(memory["visible"]), dtype=torch.bool, device=memory["visible"].device)
+        for step in range(2 * self.points):
+            logits = self.decode(memory, tokens, step - 1, cache)[:, -1].float()
+            if self.box:
+                logits[:, self.bins] = -torch.inf                                            # a box always has two corners
+            log, token = logits.log_softmax(-1).max(-1)
+            chosen.append(torch.where(ended, self.bins, token))
+            logs.append(torch.where(ended, 0.0, log))
+            ended = ended | (token == self.bins)
+            tokens = chosen[-1][:, None]
+            if ended.all():
+                break
+        sequence = torch.full((len(ended), 2 * self.points), self.bins, device=ended.device)
+        sequence[:, :len(chosen)] = torch.stack(chosen, 1)
+        said = ((sequence != self.bins).sum(1) + 1).clamp(max=len(logs))
+        return sequence, (torch.stack(logs, 1).sum(1) / said).exp()
+
+    def segment(self, features, image_of, text, targets=None):
+        """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,h,w) on the canvas, the raster of `points` (E,P,2),
+        NaN where the sequence had ended; `boxes` (E,4) round them, zeros where nothing was drawn; `score` (E,)."""
+        visual, size = features
+        side = visual.shape[-1] * self.strides[-1]
+        memory = self.encode(features, image_of, text)
+        tokens, score = self.generate(memory)
+        points = dequantise(tokens, size[image_of], self.bins)
+        scale = max(1, 256 // side)                              # small canvases are drawn finer than their pixels
+        prob = np.stack([rasterise(p * scale, side * scale, side * scale) for p in points.cpu().numpy()]) \
+            if len(points) else np.zeros((0, side, side), bool)
+        return {"prob": torch.from_numpy(prob).to(visual.device).float(), "threshold": INSIDE, "points": points,
+                "boxes": boxes_round(points), "score": score}
+
+
+def extent(images, fill):
+    """Width and height (B,2) of each picture on its canvas (B,3,H,W), uint8 or 0..1: padding has the colour `fill` (3 of
+    0..255) and lies on the right and below."""
+    fill = fill.to(images.device)[:, None, None]
+    drawn = (images != fill).any(1) if images.dtype == torch.uint8 else ((images * 255 - fill).abs() > 0.25).any(1)
+    sides = []
+    for axis in (1, 2):                                          # columns, then rows that hold anything else
+        line = drawn.any(axis)
+        last = line.shape[1] - line.flip(1).int().argmax(1)
+        sides.append(torch.where(line.any(1), last, line.shape[1]))
+    return torch.stack(sides, 1).float()
+
+
+def sine(place, dim, temperature=10000.0):
+    """DETR's sine encoding of places (E,n) in shares of the image -> (E,n,dim)."""
+    period = temperature ** (torch.arange(dim // 2, device=place.device) * 2 / dim)
+    angle = place[..., None] * 2 * math.pi / period
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+def bin_waves(bins, dim):
+    """(bins, dim): sines and cosines of a bin's place, from half a wave over the image to one over 16 bins."""
+    frequency = torch.logspace(math.log10(0.5), math.log10(max(1.0, bins / 16)), dim // 2)
+    angle = torch.arange(bins)[:, None] * (2 * math.pi / bins) * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def co_content(cells, valid_x, valid_y, mode):
+    """E{.} of Eq. 4: cells (E,h,w,C) -> features (E,w,C) of the columns that x points at and (E,h,C) of the rows that y does.
+
+    Only cells of the image count: valid_x (E,w), valid_y (E,h). As released, x points at rows and y at columns, and all
+    cells count: (E,h,C) and (E,w,C).
+    """
+    if mode == "released":
+        return cells.mean(2), cells.mean(1)
+    columns = (cells * valid_y[:, :, None, None]).sum(1) / valid_y.sum(1)[:, None, None]
+    rows = (cells * valid_x[:, None, :, None]).sum(2) / valid_x.sum(1)[:, None, None]
+    return columns, rows
+
+
+def line_index(tokens, bins, cells, w, h, mode):
+    """The lines of `co_content` that tokens (E,T) point at, read as x and as y: two (E,T) int64.
+
+    cells (E,2): columns and rows of the image's own, fractional; w, h: those of the canvas.
+    """
+    if mode == "released":
+        return tokens * (h - 1) // bins, tokens * (w - 1) // bins
+    share = tokens.clamp(max=bins - 1)[..., None] / bins * cells[:, None]                    # W x / M, H y / M
+    index = share.long()
+    return index[..., 0], index[..., 1]
+
+
+def gaussian(centre, weight, u, v):
+    """log G of Eq. 7: centre, weight (E,n,T,2) as x, y; places u (E,w), v (E,h) -> (E,n,T,h*w), 0 at the centre and below it
+    elsewhere: -((u - c_w)^2 weight_x + (v - c_h)^2 weight_y)."""
+    x = (u[:, None, None] - centre[..., :1]).square() * weight[..., :1]
+    y = (v[:, None, None] - centre[..., 1:]).square() * weight[..., 1:]
+    return -(y[..., None] + x[..., None, :]).flatten(-2)
+
+
+class PMCA(nn.Module):
+    """Where a point's cross-attention looks first, Eq. 6-7."""
+
+    def __init__(self, dim, heads, mode, sigma):
+        super().__init__()
+        self.mode, self.sigma, self.maps = mode, sigma, heads if mode == "released" else 1
+        self.mlp = nn.Sequential(nn.Linear(dim, dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim // 4), nn.ReLU(),
+                                 nn.Linear(dim // 4, 4 * self.maps))
+
+    def start(self):
+        """Begin with the same map for every point: centre 1/2, scale 1/2 (as released: as Xavier draws them)."""
+        if self.mode == "paper":
+            nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, s, state, memory):
+        """s (E,T,C) of Eq. 5, state (E,T,C) after self-attention -> log G (E, 1 or heads, T, S)."""
+        out = self.mlp(state if self.mode == "released" else s).float()
+        centre, scale = (part.unflatten(-1, (self.maps, 2)).transpose(1, 2) for part in out.chunk(2, -1))   # (E, n, T, 2)
+        if self.mode == "released":
+            weight = (scale * memory["cells"][:, None, None]).square() / self.sigma
+        else:
+            weight = 1 / (self.sigma * scale.sigmoid().clamp(min=1e-2).square())
+        return gaussian(centre.sigmoid(), weight, memory["u"], memory["v"])
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be kept."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, key, value):
+        """Projected keys and values, (E,heads,n,C/heads) each, of key and value (E,n,C)."""
+        return self._split(self.key(key)), self._split(self.value(value))
+
+    def forward(self, query, keys, mask):
+        """query (E,T,C), keys from `keys`; mask broadcasts to (E,heads,T,n): bool, true where seen, or added to the logits."""
+        x = F.scaled_dot_product_attention(self._split(self.query(query)), *keys, attn_mask=mask,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def feed_forward(dim, dropout):
+    """The pointwise half of a transformer layer."""
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+
+class EncoderLayer(nn.Module):
+    """DETR's: positions join queries and keys; post-norm."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(dim, heads, dropout), feed_forward(dim, dropout)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(dropout)
+
+    def forward(self, x, position, visible):
+        """x, position (E,S,C), visible (E,1,1,S) bool -> (E,S,C)."""
+        asked = x + position
+        x = self.norms[0](x + self.dropout(self.attention(asked, self.attention.keys(asked, x), visible)))
+        return self.norms[1](x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention modulated by PMCA, feed-forward; post-norm."""
+
+    def __init__(self, dim, heads, dropout, pmca, sigma):
+        super().__init__()
+        self.own, self.cross = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
+        self.feed_forward = feed_forward(dim, dropout)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3)), nn.Dropout(dropout)
+        self.pmca = None if pmca == "off" else PMCA(dim, heads, pmca, sigma)
+
+    def forward(self, x, s, place, memory, keys, cache=None):
+        """x (E,T,C); s (E,T,C) of Eq. 5; place (T,C); keys: the memory's, for this layer. With a cache, which takes the new
+        keys in, x holds only the tokens behind those that it has."""
+        asked = x + place
+        own = self.own.keys(asked, x)
+        if cache:
+            own = tuple(torch.cat([old, new], 2) for old, new in zip(cache["keys"], own))
+        if cache is not None:
+            cache["keys"] = own
+        length, count = own[0].shape[2], x.shape[1]
+        seen = torch.ones(count, length, dtype=torch.bool, device=x.device).tril(length - count)
+        x = self.norms[0](x + self.dropout(self.own(asked, own, seen)))
+        mask = memory["visible"][:, None, None]
+        if self.pmca is not None:
+            bias = self.pmca(s, x, memory).masked_fill(~mask, -torch.inf)
+            mask = bias.to(keys[0].dtype)
+        x = self.norms[1](x + self.dropout(self.cross(x + place, keys, mask)))
+        return self.norms[2](x + self.dropout(self.feed_forward(x)))
+
+
+def build_model(args, vocabulary):
+    """The network with fresh weights; it reads no file."""
+    return SeqTR(args, len(vocabulary))
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------
+# Points are continuous, in pixels of the canvas, whole numbers on pixel edges.
+
+def outlines(mask):
+    """The outer contours of a mask (H,W): a list of (n,2) polygons in x and y, clockwise as seen, the largest first.
+
+    scikit-image's marching squares serve: their vertices at half pixels lie on the edges between foreground and background
+    (a border follower's lie on the centres of border pixels and lose half a pixel all round), and the foreground is on a
+    fixed side of them, which tells outlines from holes. Pixels that touch at a corner are one part.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return []
+    top, left = rows[0], columns[0]
+    cut = np.pad(mask[top:rows[-1] + 1, left:columns[-1] + 1].astype(np.float32), 1)
+    found = [contour[:-1, ::-1] + [left - 0.5, top - 0.5] for contour in find_contours(cut, 0.5, fully_connected="high")]
+    signed = [(area(contour), contour) for contour in found]
+    return [contour for size, contour in sorted(signed, key=lambda pair: -pair[0]) if size > 0]
+
+
+def area(polygon):
+    """Signed area of a polygon (n,2), positive where it goes clockwise as seen, y pointing down."""
+    x, y = polygon.T
+    return 0.5 * float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
+
+
+def trace(mask, contour):
+    """One closed contour (n,2) of a mask from the leftmost of its topmost vertices, clockwise; None where the mask is empty."""
+    parts = outlines(mask)
+    if not parts:
+        return None
+    line = parts[0]
+    rest = parts[1:] if contour == "bridge" else []
+    while rest:  # walk to the nearest part, once round it, and back the same way
+        gaps = [np.square(line[:, None] - part[None]).sum(-1) for part in rest]
+        k = min(range(len(rest)), key=lambda i: gaps[i].min())
+        i, j = np.unravel_index(gaps[k].argmin(), gaps[k].shape)
+        part = np.roll(rest.pop(k), -j, axis=0)
+        line = np.concatenate([line[:i + 1], part, part[:1], line[i:]])
+    return np.roll(line, -np.lexsort((line[:, 0], line[:, 1]))[0], axis=0)
+
+
+def sample(line, count, sampling):
+    """Points of a closed contour (n,2), its first one first: `count` of them, equally far apart along it (`uniform`), or every
+    ceil(n/count)-th of its vertices (`stride`), at most `count`."""
+    if sampling == "stride":
+        return line[::-(-len(line) // count)]
+    closed = np.concatenate([line, line[:1]])
+    along = np.concatenate([[0], np.sqrt(np.square(np.diff(closed, axis=0)).sum(1)).cumsum()])
+    at = np.arange(count) * along[-1] / count
+    return np.stack([np.interp(at, along, closed[:, 0]), np.interp(at, along, closed[:, 1])], 1)
+
+
+def quantise(points, size, bins):
+    """Eq. 2: points (P,2) on an image of `size` (width, height) -> tokens (P,2), those of the far edge in the last bin."""
+    return np.floor(bins * points / np.asarray(size, float) + 0.5).clip(0, bins - 1).astype(np.int64)
+
+
+def dequantise(tokens, size, bins):
+    """Tokens (E,2P) -> points (E,P,2) on the canvas, NaN from the pair that EOS ends; size (E,2) of the images."""
+    pairs = tokens.unflatten(1, (-1, 2))
+    ended = (pairs == bins).any(2).cumsum(1) > 0
+    return (pairs * size[:, None] / bins).masked_fill(ended[..., None], torch.nan)
+
+
+def rasterise(points, height, width):
+    """The mask (height,width) that points (P,2) enclose, rows of NaN left out: nothing for one point or none, the box between
+    two, the polygon of more."""
+    points = points[np.isfinite(points).all(1)].astype(float)
+    if len(points) < 2:
+        return np.zeros((height, width), bool)
+    if len(points) == 2:
+        (x0, y0), (x1, y1) = points
+        points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    return masks.decode(masks.from_polygons([points.ravel().tolist()], height, width), checked=True)
+
+
+def boxes_round(points):
+    """xyxy boxes (E,4) round points (E,P,2), NaN left out; zeros for fewer than two points."""
+    missing = points.isnan()
+    low, high = points.masked_fill(missing, torch.inf).amin(1), points.masked_fill(missing, -torch.inf).amax(1)
+    several = ((~missing).all(2).sum(1) > 1)[:, None]
+    return torch.where(several, torch.cat([low, high], 1), 0.0)
+
+
+def visible_size(frame):
+    """Width and height of the part of the canvas that an image fills; its left-top corner is the canvas' or lies beyond it."""
+    return min(frame.left + frame.in_width, frame.canvas_width), min(frame.top + frame.in_height, frame.canvas_height)
+
+
+# ---- targets and losses -------------------------------------------------------------------------------------
+
+def make_targets(example, points, bins, contour, sampling, box=False, raw=None):
+    """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end.
+
+    box: the corners of the annotated box instead of the mask's contour. raw: {expression: (P,2) points in the image's frame}
+    that stand as they are.
+    """
+    frame, size = example.frame, visible_size(example.frame)
+    rows = np.full((len(example.expressions), 2 if box else points, 2), bins, np.int64)
+    for row, e, mask in zip(rows, example.expressions.tolist(), example.masks):
+        if box:
+            corners = frame.boxes_in(example.dataset.expression_box(e)).reshape(2, 2)
+        elif raw is not None and e in raw:
+            corners = frame.points_in(raw[e])[::-1 if frame.flipped else 1][:points]  # clockwise in the mirror, too
+        else:
+            share = frame.masks_in(mask[None])[0].numpy()
+            # an object that shrinks below half a pixel is still there
+            line = trace(share >= min(0.5, share.max()) if share.max() > 0 else share > 0, contour)
+            corners = np.zeros((0, 2)) if line is None else sample(line, points, sampling)
+        row[:len(corners)] = quantise(corners, size, bins)
+    return {"tokens": torch.from_numpy(rows).flatten(1)}
+
+
+def jitter(example, low, high, flip):
+    """Large-scale jitter: the Frame of one sentence's image, scaled by low … high and cropped to the canvas where it is larger,
+    the labelled object as a whole wherever it fits; mirrored with probability `flip`."""
+    frame, rng = example.frame, example.rng
+    scale, flipped = rng.uniform(low, high), rng.random() < flip
+    sides = [max(1, round(side * scale)) for side in (frame.in_width, frame.in_height)]
+    corner = []
+    for axis, (side, canvas) in enumerate(zip(sides, (frame.canvas_width, frame.canvas_height))):
+        line = example.masks[0].any(axis)
+        line = line[::-1] if flipped and axis == 0 else line
+        there = np.flatnonzero(line) if line.any() else np.arange(len(line))
+        near, far = there[0] * side / len(line), (there[-1] + 1) * side / len(line)
+        room = max(0, side - canvas)
+        bounds = sorted(np.clip([far - canvas, near], 0, room))
+        corner.append(-round(rng.uniform(*bounds)))
+    return data.Frame(frame.width, frame.height, *sides, frame.canvas_width, frame.canvas_height, *corner, flipped)
+
+
+def box_mask(dataset, e):
+    """The annotated box of a sentence as a mask (H,W), at least a pixel wide."""
+    width, height = dataset.sizes[dataset.expression_image[e]]
+    x0, y0, x1, y1 = np.round(dataset.expression_box(e)).astype(int)
+    mask = np.zeros((height, width), bool)
+    mask[max(0, min(y0, height - 1)):max(y1, y0 + 1), max(0, min(x0, width - 1)):max(x1, x0 + 1)] = True
+    return mask
+
+
+def mixed_mask(dataset, pseudo, e):
+    """The pseudo mask of sentence e where it has one, else the annotated mask."""
+    return masks.decode(pseudo[e], checked=True) if e in pseudo else dataset.expression_mask(e)
+
+
+def projection_loss(mask, box):
+    """D of Eq. 8 of masks (H,W) bool: how unlike their projections on both axes are, 0 (equal) to 2 (apart)."""
+    total = 0.0
+    for axis in (0, 1):
+        l, b = mask.any(axis), box.any(axis)                                             # noqa: E741
+        total += 1 - 2 * (l & b).sum() / max(1, l.sum() + b.sum())
+    return float(total)
+
+
+def loss_terms(logits, targets, args):
+    """Label-smoothed cross-entropy, the mean over a sequence's tokens, summed over the sentences: {name: scalar}."""
+    truth = F.pad(targets["tokens"], (0, 1), value=args.bins)                            # (E, 2P+1)
+    loss = F.cross_entropy(logits.float().transpose(1, 2), truth, reduction="none", label_smoothing=args.smoothing)
+    weight = torch.where((truth == args.bins) & (args.stage != "rec"), args.eos_weight, 1.0)
+    return {"ce": (loss * weight).mean(1).sum()}
+
+
+def narrowed(dataset, chosen):
+    """A view of `dataset` with only the sentences whose `chosen` (n,) is true."""
+    of_image = [expressions[chosen[expressions]] for expressions in dataset.of_image]
+    return dataset.view(of_image=of_image, with_expressions=np.array([i for i, e in enumerate(of_image) if len(e)], np.int64))
+
+
+def has_masks(args, dataset):
+    """Which sentences of train (n,) mean only objects of the subset of --ratio. Raises UserError for another corpus' subset."""
+    objects = subsets.load(args.data_root, args.dataset, args.ratio)
+    kept = np.isin(dataset.object_ids, sorted(objects))
+    if kept.sum() < len(objects):
+        raise UserError(f"{subsets.subset_path(args.data_root, args.dataset, args.ratio)} names objects that {dataset.path} does "
+                        "not have; remove it and run data_prep.subsets again.")
+    return np.array([all(kept[i] for i in meant) for meant in dataset.objects_of])
+
+
+def training_view(args, train_set, folder):
+    """What a stage learns from: the boxes of all sentences, the masks of some, or those with pseudo masks."""
+    if args.stage == "rec":
+        return train_set.view(expression_mask=partial(box_mask, train_set), targets=partial(train_set.targets, box=True))
+    supervised = has_masks(args, train_set)
+    if args.stage == "res":
+        return narrowed(train_set, supervised)
+    pseudo, raw = read_pseudo(folder.parent / "pseudo" / "masks.json", train_set, args.threshold)
+    supervised[list(pseudo)] = True
+    view = narrowed(train_set, supervised)
+    return view.view(expression_mask=partial(mixed_mask, train_set, pseudo),
+                     targets=train_set.targets if args.rpp else partial(train_set.targets, raw=raw))
+
+
+def check_corpus(dataset):
+    """Refuse sentences that mean nothing: a sequence of points has no beginning there. Raises UserError."""
+    none = next((e for e, objects in enumerate(dataset.objects_of) if not objects), None)
+    if none is not None:
+        raise UserError(f"{dataset.path}: the sentence {dataset.texts[none]!r} means no object; boxes and contours cannot "
+                        "teach that.")
+
+
+def polygon_bound(dataset, bins, limit=300):
+    """Mean IoU in percent, in the image's frame, of the sequences that `dataset.targets` makes of the true masks themselves:
+    what its number of points and bins allows. Of at most `limit` sentences, evenly chosen."""
+    values = []
+    for e in np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).round().astype(int)).tolist():
+        image = int(dataset.expression_image[e])
+        frame, mask = dataset.canvas.frame(*map(int, dataset.sizes[image])), dataset.expression_mask(e)
+        example = data.Example(dataset, image, np.array([e]), mask[None], np.zeros(1, int), frame, np.random.default_rng(0))
+        tokens = dataset.targets(example)["tokens"]
+        points = dequantise(tokens, torch.tensor([visible_size(frame)]), bins)[0].numpy()
+        scale = max(1, 256 // frame.canvas_width)
+        drawn = rasterise(points * scale, frame.canvas_height * scale, frame.canvas_width * scale)
+        drawn = frame.prob_img(torch.from_numpy(drawn)[None].float())[0].numpy() >= INSIDE
+        values.append((drawn & mask).sum() / max(1, (drawn | mask).sum()))
+    return 100 * float(np.mean(values))
+
+
+# ---- pseudo labels ------------------------------------------------------------------------------------------
+
+def make_pseudo(args, ranks, folder, model, train_set):
+    """Predict a contour for every sentence of train whose object has no mask, and write <run>/pseudo/masks.json: masks (RLE) and
+    points in the image's frame, and D of Eq. 8."""
+    unlabelled = narrowed(train_set, ~has_masks(args, train_set))
+    # evaluation is given boxes for truth, so that no hidden mask is ever looked at
+    view = unlabelled.view(expression_mask=partial(box_mask, train_set), targets=None)
+    mine = []
+
+    def keep(batch, output, predicted):
+        for i, frame in enumerate(batch.frames):
+            of_image = np.flatnonzero(batch.image_of.cpu().numpy() == i)
+            points = frame.points_img(output["points"][of_image].cpu().double())
+            for e, mask, drawn in zip(batch.index[of_image].tolist(), predicted[i].cpu().numpy(), points.numpy()):
+                drawn = drawn[np.isfinite(drawn).all(1)].round(2)
+                mine.append({"index": e, "id": int(train_set.sent_ids[e]), "mask": masks.encode(mask),
+                             "points": drawn.tolist(), "D": round(projection_loss(mask, box_mask(train_set, e)), 6)})
+
+    if len(view.with_expressions):
+        metrics.evaluate(model, view, ranks, args.eval_batch_size, args.workers, args.amp, on_batch=keep)
+    labels = sorted((label for share in distributed.gather(ranks, mine) for label in share), key=lambda label: label["index"])
+    if ranks.main:
+        write_json(folder / "masks.json", {"meta": {"dataset": args.dataset, "ratio": args.ratio, "sentences": len(labels)},
+                                           "labels": [{k: v for k, v in label.items() if k != "index"} for label in labels]})
+    distributed.barrier(ranks)
+
+
+def read_pseudo(path, dataset, threshold):
+    """The labels whose D is below `threshold` and whose mask is not empty: {expression: RLE}, {expression: (P,2) points of the
+    image}. Raises UserError where the file is missing or does not belong to the corpus."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; --stage pseudo makes it.")
+    known = {id_: e for e, id_ in enumerate(dataset.sent_ids.tolist())}
+    pseudo, raw = {}, {}
+    for label in field(read_json(path), "labels", list, path):
+        e = known.get(field(label, "id", int, path))
+        if e is None:
+            raise UserError(f"{path}: train has no sentence {label['id']}; was the corpus made again? Remove {path.parent}.")
+        if not field(label, "D", float, path) < threshold:
+            continue
+        width, height = dataset.sizes[dataset.expression_image[e]]
+        try:
+            rle = masks.check_rle(label.get("mask"), height, width)
+            points = np.array(field(label, "points", list, path), float).reshape(-1, 2)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, sentence {label['id']}: {error}.") from None
+        if masks.area(rle, checked=True):
+            pseudo[e], raw[e] = rle, points
+    return pseudo, raw
+
+
+# ---- training -----------------------------------------------------------------------------------------------
+
+def learning_rate(args, step, steps):
+    """The rate of step 0 … steps-1, a pure function of the step."""
+    warmup = round(args.warmup * steps)
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if args.schedule == "cosine":
+        done = max(0, step - warmup) / max(1, steps - warmup)
+        return args.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
+    return args.lr * rise * (0.1 if step >= args.lr_drop * steps else 1.0)
+
+
+def average(averaged, model, decay):
+    """Move the averaged weights and buffers towards the model's: averaged = decay * averaged + (1 - decay) * model."""
+    for old, new in zip(averaged.state_dict().values(), model.state_dict().values()):
+        old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
+
+
+def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
+    """The loop, from `state` (a checkpoint, or None) to the last step. Leaves last.pt, prev.pt, best.pt and log.jsonl."""
+    model = model.to(ranks.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    averaged = copy.deepcopy(model) if args.ema else model  # of the weights that training begins with
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True) \
+        if args.optimizer == "adamw" else torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.98), eps=1e-9, amsgrad=True,
+                                                           weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.amp == "fp16")
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
+    forward = torch.compile(wrapped) if args.compile else wrapped
+
+    plan = lambda epoch: data.plan_epoch(train_set, epoch, args.seed, args.batch_size,  # noqa: E731
+                                         args.expressions_per_image, args.epoch_unit)
+    steps_per_epoch = len(plan(0))
+    steps = min(args.max_steps or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
+    measure = "REC@0.5" if args.stage == "rec" else "mIoU"
+    step, best = 0, {measure: -1.0, "step": 0}
+    if state:
+        checkpoint.load_model(model, state, folder / "last.pt")
+        if args.ema:
+            checkpoint.load_model(averaged, {"model": state["averaged"]}, folder / "last.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        checkpoint.restore_random_states(state["random"][ranks.rank % len(state["random"])])
+        step, best = state["step"], state["best"]
+
+    def save():
+        random = distributed.gather(ranks, checkpoint.random_states())
+        if ranks.main:
+            checkpoint.save(folder / "last.pt", snapshot(args, model, vocabulary, step, best) | {
+                "averaged": averaged.state_dict() if args.ema else None,
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random}, keep="prev.pt")
+
+    with runlog.Log(folder, ranks.main, steps, step) as log, stop_signal() as stopping:
+        log.truncate(step)
+        log.say(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M trained parameters, "
+                f"{sum(map(len, train_set.of_image))} sentences, "
+                f"{steps_per_epoch} steps an epoch of {args.batch_size} images, {steps} steps from step {step}")
+        while step < steps:
+            epoch, position = divmod(step, steps_per_epoch)
+            batches = plan(epoch)[position:position + steps - step]
+            loaded = data.load(train_set, [part for keys in batches for part in my_parts(keys, args, ranks)],
+                               args.workers, pin=ranks.device.type == "cuda")
+            for keys in batches:
+                sentences = sum(len(key[2]) for key in keys)  # of the whole step, on all ranks
+                rate = learning_rate(args, step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                sums = {}
+                for micro in range(args.accum):
+                    batch = next(loaded).to(ranks.device)
+                    sync = micro == args.accum - 1 or ranks.world == 1
+                    with nullcontext() if sync else wrapped.no_sync():
+                        with metrics.autocast(ranks.device, args.amp):
+                            out = forward(batch.images, batch.image_of, batch.text, batch.targets["tokens"])
+                        terms = loss_terms(out, batch.targets, args)
+                        # ranks and micro-batches may hold unequal numbers of sentences, so each adds its sum over the
+                        # step's number; DDP averages over the ranks, hence the factor
+                        scaler.scale(sum(terms.values()) * ranks.world / sentences).backward()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0) + term.detach()
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(parameters, args.clip or float("inf")).item()
+                # one reduction tells every rank the losses and whether any of them was asked to stop
+                shared = torch.stack([*sums.values(), torch.tensor(float(stopping()), device=ranks.device)]).double()
+                *values, stop = distributed.total(ranks, shared).tolist()
+                losses = {name: value / sentences for name, value in zip(sums, values)}
+                if not math.isfinite(sum(values)) or not (scaler.is_enabled() or math.isfinite(norm)):
+                    images = [int(train_set.image_ids[key[1]]) for key in keys]
+                    raise UserError(f"the loss is not finite at step {step + 1} ({losses}, gradient {norm}), on images {images}; "
+                                    f"lower --lr or set --clip. The last checkpoint in {folder} is from before.")
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if args.ema:
+                    average(averaged, model, min(args.ema, (1 + step) / (10 + step)))
+                step += 1
+                numbers = lambda: {"loss": sum(losses.values()), **losses, "lr": rate,  # noqa: E731
+                                   "grad": norm, "GB": runlog.memory(ranks.device)}
+                log.step(numbers)
+                if step % args.log_every == 0 or step == steps:
+                    log.write({"step": step, "epoch": epoch, "seconds": log.seconds(), **numbers()})
+                if stop:
+                    save()
+                    log.say(f"stopped by a signal; saved at step {step}, go on with --resume")
+                    raise SystemExit(143)
+                ended = step % steps_per_epoch == 0 or step == steps
+                if ended and ((epoch + 1) % args.eval_every == 0 or step == steps):
+                    rows, seconds = metrics.evaluate(averaged, val_set, ranks, args.eval_batch_size, args.workers, args.amp)
+                    summary = metrics.summarise(rows, val_set, seconds=seconds)
+                    log.write({"step": step, "epoch": epoch, "val_mIoU": summary["mIoU"], "val_oIoU": summary["oIoU"],
+                               "val_REC@0.5": summary["REC@0.5"]})
+                    log.say(f"epoch {epoch + 1}: val mIoU {summary['mIoU']:.2f}, oIoU {summary['oIoU']:.2f}, "
+                            f"REC@0.5 {summary['REC@0.5']:.2f} "
+                            f"({summary['n']} sentences in {seconds:.0f} s)")
+                    if summary[measure] > best[measure]:
+                        best = {measure: summary[measure], "step": step}
+                        if ranks.main:
+                            checkpoint.save(folder / "best.pt", snapshot(args, averaged, vocabulary, step, best))
+                if ended or args.save_every and step % args.save_every == 0:
+                    save()
+
+
+def my_parts(keys, args, ranks):
+    """The micro-batches of one step that this rank computes: `accum` lists of keys, none of them empty."""
+    shares = ranks.world * args.accum
+    if len(keys) < shares:
+        raise UserError(f"a step has {len(keys)} images for {ranks.world} ranks x --accum {args.accum}; "
+                        "raise --batch-size or lower --accum.")
+    bounds = [len(keys) * i // shares for i in range(shares + 1)]
+    parts = [keys[low:high] for low, high in zip(bounds, bounds[1:])]
+    return parts[ranks.rank * args.accum:(ranks.rank + 1) * args.accum]
+
+
+def snapshot(args, model, vocabulary, step, best):
+    """What eval.py needs, in plain types and tensors."""
+    return {"version": checkpoint.VERSION, "script": Path(__file__).stem, "args": vars(args), "step": step, "best": best,
+            "vocabulary": list(vocabulary), "model": model.state_dict()}
+
+
+LATER = {"res": {"rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "threshold", "rpp"}, "retrain": {"rec_epochs"}}
+LATER["rec"] = LATER["res"] - {"stage_lr"} | {"ratio", "sigma", "contour", "sampling", "eos_weight"}  # what a stage does not see
+
+
+def check_same_run(state, args, folder):
+    """Refuse to resume a run under settings that would make it another one. Raises UserError."""
+    free = {"yaml", "resume", "out", "name", "workers", "device", "eval_every", "save_every", "log_every", "eval_splits",
+            "eval_batch_size", "data_root", "compile", "leaky_init"} | LATER[args.stage]
+    if state["script"] != Path(__file__).stem:
+        raise UserError(f"{folder} is a run of {state['script']}.py, not of {Path(__file__).name}.")
+    changed = [key for key, value in vars(args).items() if key not in free and state["args"].get(key) != value]
+    if changed:
+        was = ", ".join(f"--{key.replace('_', '-')} {state['args'].get(key)!r}" for key in changed)
+        raise UserError(f"{folder} was begun with {was}; give the same settings to go on, or another --name.")
+
+
+class stop_signal:
+    """Turns SIGTERM into a question that the loop asks at the end of each step."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+        return lambda: self.asked
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.before)
+
+
+# ---- main ---------------------------------------------------------------------------------------------------
+
+def transfer(model, path, vocabulary):
+    """Begin with the weights of another stage; returns whether they saw RefCOCO's val or test images. PMCA's may be missing,
+    and of another number of points as many places are taken as there are. Raises UserError where anything else differs."""
+    state = checkpoint.load(path)
+    if "coordinates.weight" not in state.get("model", {}):
+        raise UserError(f"{path} was made by {state['script']}.py and holds no SeqTR.")
+    if state.get("vocabulary") != list(vocabulary):
+        raise UserError(f"{path} was trained with another vocabulary than this corpus'; train its own `rec`.")
+    own, theirs = model.state_dict(), dict(state["model"])
+    table = theirs.pop("places.weight", own["places.weight"])
+    rows = min(len(table), len(own["places.weight"]))
+    if table.shape[1:] != own["places.weight"].shape[1:]:
+        raise UserError(f"{path} has another --dim than this model.")
+    theirs["places.weight"] = torch.cat([table[:rows], own["places.weight"][rows:]])
+    theirs |= {name: value for name, value in own.items() if ".pmca." in name and name not in theirs}
+    checkpoint.load_model(model, {"model": theirs}, path)
+    return bool(state["args"].get("leaky_init"))
+
+
+def run_stage(args, ranks, folder, origin):
+    """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None."""
+    torch.manual_seed(args.seed)
+    glove = Path(args.data_root) / args.dataset / "words.npz"
+    known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
+    train_path = data.split_path(args.data_root, args.dataset, "train")
+    targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling)
+    jittered = args.jitter != [1.0, 1.0]
+    if jittered and args.expressions_per_image != 1:
+        raise UserError("--jitter looks at the object, so it needs --expressions-per-image 1; `--jitter 1 1` turns it off.")
+    augment = partial(jitter, low=args.jitter[0], high=args.jitter[1], flip=args.flip) if jittered else None
+    train_set = data.RefDataset(train_path, None, None, targets, 0.0 if jittered else args.flip, args.seed, augment)
+    check_corpus(train_set)
+    vocabulary = Vocabulary.build(train_set.texts, known)
+    train_set.encode, train_set.canvas = frontend(args, vocabulary)
+    val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
+    model = build_model(args, vocabulary)
+
+    if args.stage == "pseudo":
+        if not (folder / "masks.json").is_file():
+            checkpoint.load_model(model, checkpoint.load(origin), origin)
+            make_pseudo(args, ranks, folder, model.to(ranks.device), train_set)
+        return
+    state = checkpoint.load_newest(folder)
+    if state:
+        check_same_run(state, args, folder)
+    if ranks.main:
+        runlog.open_folder(folder, args, __file__)
+        print(f"run folder {folder}", flush=True)
+    distributed.barrier(ranks)
+    if state:
+        args.leaky_init = state["args"]["leaky_init"]
+    elif origin:
+        args.leaky_init = transfer(model, origin, vocabulary)
+    else:
+        if args.weights != "none":
+            args.leaky_init = load_weights(model.backbone, args.weights, args.leaky_init)["leaky"]
+        if vectors is not None:
+            model.language.load_vectors(vocabulary, known, vectors)
+    if args.stage == "res" and ranks.main and not state:
+        bound = polygon_bound(val_set.view(targets=targets), args.bins)
+        print(f"{args.points} points of the true masks reach mIoU {bound:.2f} on val", flush=True)
+    train(args, ranks, folder, state, model, vocabulary, training_view(args, train_set, folder), val_set)
+
+    best = (folder / "best.pt").stat().st_mtime
+    scored = [folder / "eval" / f"{args.dataset}_{split}.json" for split in args.eval_splits]
+    if distributed.any_rank(ranks, not all(path.is_file() and path.stat().st_mtime >= best for path in scored)):
+        from eval import main as evaluate_run  # the same program that a user runs afterwards
+        evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
+                      "--task", "rec" if args.stage == "rec" else "res",
+                      "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
+
+
+def print_stages(args, folder):
+    """One table of what the stages reached, from the files that they left."""
+    print(f"{'stage':10}{'split':>8}{'REC@0.5':>10}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}   {folder}")
+    for stage in ("rec", "res", "retrain"):
+        for split in args.eval_splits:
+            path = folder / stage / "eval" / f"{args.dataset}_{split}.json"
+            if path.is_file():
+                summary = read_json(path)
+                cells = [summary["REC@0.5"], *(summary[key] if stage != "rec" else None
+                                               for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9"))]
+                print(f"{stage:10}{split:>8}" + "".join(f"{'-' if c is None else f'{c:.2f}':>{10 if i == 0 else 8}}"
+                                                        for i, c in enumerate(cells)))
+        if stage == "res" and (folder / "pseudo" / "masks.json").is_file():
+            values = np.array([label["D"] for label in read_json(folder / "pseudo" / "masks.json")["labels"]])
+            print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")
+
+
+def main(argv=None):
+    """Prepare, then train the stages one after the other; each scores its best.pt on --eval-splits and writes its report."""
+    args = parse(get_parser(), argv, own_yaml=YAML)
+    splits = ["train", "val", *args.eval_splits]
+    present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
+    ranks = distributed.start(args.device)
+    try:
+        if not present:
+            if ranks.main:
+                from data_prep import refshapes  # only the embedded data needs the generator
+                refshapes.make(args.data_root)
+            distributed.barrier(ranks)
+        if distributed.any_rank(ranks, not subsets.subset_path(args.data_root, args.dataset, args.ratio).is_file()):
+            if ranks.main:
+                subsets.make(args.data_root, args.dataset, ratios=[args.ratio])
+            distributed.barrier(ranks)
+        folder = runlog.run_folder(args, Path(__file__).stem)
+        args.resume = True  # a chain goes on from what is there
+        first = Path(args.rec_from) if args.rec_from else folder / "rec" / "best.pt"
+        origins = {"rec": None, "res": first, "pseudo": folder / "res" / "best.pt",
+                   "retrain": folder / "res" / "best.pt" if args.retrain_from == "res" else first}
+        for stage in STAGES:
+            if args.stage not in ("all", stage) or stage == "rec" and args.rec_from:
+                continue
+            if origins[stage] and not origins[stage].is_file():
+                raise UserError(f"{origins[stage]} does not exist, which --stage {stage} begins with; run the stages before it.")
+            run_stage(of_stage(args, stage), ranks, folder / stage, origins[stage])
+        if ranks.main:
+            print_stages(args, folder)
+    finally:
+        distributed.finish()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -24,6 +24,7 @@ from PIL import Image
 from common import checkpoint, data, distributed, metrics, pictures, runlog
 from common.config import REPOSITORY, Parser, UserError, parse, run, write_text
 from common.crf import PRESETS, dense_crf
+from common.text import words
 
 CASES = 10  # of the worst, the middle and the best each, for every split in the report
 
@@ -91,7 +92,8 @@ def load_script(name):
 def load_run(path, device, argv):
     """(script, args, its settings, model on `device`, vocabulary, state) of a checkpoint.
 
-    A flag of evaluation that is a setting of the script, too, overrides it: what a script adds by `eval_flags`.
+    A flag that the script adds by `eval_flags` and that is a setting of it, too, overrides the run's. What was asked of
+    those flags stands in `args.added`, {name: value}.
     """
     state = checkpoint.load(path)
     script = load_script(state["script"])
@@ -107,9 +109,9 @@ def load_run(path, device, argv):
     args = parse(get_parser(script), argv)
     if args.crf and args.threshold is None:
         args.threshold = 0.5
-    added = set(vars(args)) - set(vars(get_parser().parse_args([])))
-    vars(settings).update({key: value for key, value in vars(args).items()
-                           if key in added and key in vars(settings) and value is not None})
+    own = vars(get_parser().parse_args([]))
+    args.added = {key: value for key, value in vars(args).items() if key not in own and value not in (None, False)}
+    vars(settings).update({key: value for key, value in args.added.items() if key in vars(settings)})
     vocabulary = script.make_vocabulary(state["vocabulary"])
     model = script.build_model(settings, vocabulary)
     checkpoint.load_model(model, state, path)
@@ -128,14 +130,15 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
         dataset = metrics.shuffled(dataset)
     suffix = "".join([f"_{args.protocol}" if args.protocol != "original" else "",
                       "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
-                      f"_first{args.limit}" if args.limit else ""])
+                      *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
+                        for key, value in args.added.items()), f"_first{args.limit}" if args.limit else ""])
     base = path.parent / "eval" / f"{name}_{split}{suffix}"
     writer = mask_writer(dataset, base.with_name(base.name + "_masks")) if args.save_masks else None
     refine = partial(refine_by_crf, preset=args.crf) if args.crf else None
     rows, seconds = metrics.evaluate(model, dataset, ranks, args.batch_size, args.workers, args.amp, args.threshold,
                                      args.protocol, args.limit, refine, on_batch=writer)
     used = {key: getattr(args, key) for key in ("protocol", "threshold", "crf", "limit", "shuffle_expressions", "amp")}
-    summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | {"step": state["step"]})
+    summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | args.added | {"step": state["step"]})
     if getattr(settings, "leaky_init", False):
         summary["warning"] = "the backbone's weights were trained on images of the validation and test splits"
     if ranks.main:
@@ -185,7 +188,7 @@ def write_report(args, path, script, settings, model, device, scored):
     cases = []
     for summary, rows, dataset in scored:
         chosen = choose_cases(rows)
-        cases += render_cases(script, model, device, dataset, chosen, args.threshold)
+        cases += render_cases(script, settings, model, device, dataset, chosen, args.threshold)
     records = runlog.read_log(path.parent)
     losses = [name for name in (records[0] if records else {}) if name not in
               ("step", "epoch", "seconds", "lr", "grad", "GB")]
@@ -217,7 +220,7 @@ def choose_cases(rows):
 
 
 @torch.inference_mode()
-def render_cases(script, model, device, dataset, chosen, threshold):
+def render_cases(script, settings, model, device, dataset, chosen, threshold):
     """Case dictionaries for `pictures.report`, each predicted anew together with its image's other sentences."""
     view, cases = dataset.view(original=True), []
     for group, rows in chosen.items():
@@ -232,18 +235,31 @@ def render_cases(script, model, device, dataset, chosen, threshold):
             panels = panels_of(dataset.picture(image), batch.frames[0], output, n, threshold)
             panels.insert(1, ("truth", pictures.overlay(panels[0][1], sample["masks"][n].numpy(),
                                                        pictures.TRUTH)))
-            cases.append({"group": group, "split": dataset.split, "text": dataset.texts[row["index"]],
+            if hasattr(script, "case_panels"):
+                panels += script.case_panels(settings, dataset, row["index"])
+            text = dataset.texts[row["index"]]
+            cases.append({"group": group, "split": dataset.split, "text": text, "words": attended(text, output, n),
                           "kind": row["kind"], "iou": float(metrics.iou(np.int64(row["I"]), np.int64(row["U"]))),
                           "panels": panels, **{key: row[key] for key in ("I", "U", "sent_id", "ref_id", "image_id")}})
     return cases
 
 
+def attended(text, output, n):
+    """[(word, [weight of each step])] where the method attends to words: `word_attention` (E,J,L)."""
+    if "word_attention" not in output:
+        return []
+    return list(zip(words(text), output["word_attention"][n].float().T.cpu().tolist()))
+
+
 def panels_of(picture, frame, output, n, threshold):
-    """[(caption, uint8 picture)]: the image, the prediction for expression n, and every heat map of the method."""
+    """[(caption, uint8 picture)]: the image, the prediction for expression n with its points, and every heat map."""
     image = picture.permute(1, 2, 0).numpy()
     limit = output["threshold"] if threshold is None else threshold
     mask = (frame.prob_img(output["prob"][n:n + 1].float())[0] >= limit).cpu().numpy()
     panels = [("image", image), ("prediction", pictures.overlay(image, mask))]
+    if "points" in output:
+        points = frame.points_img(output["points"][n].float()).cpu().numpy()
+        panels.append(("points, first to last", pictures.draw_points(image, points[np.isfinite(points).all(1)])))
     for name, heat in output.get("heat", {}).items():
         panels.append((name, pictures.heat(image, frame.prob_img(heat[n:n + 1].float())[0].cpu().numpy())))
     return panels

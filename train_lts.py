@@ -20,6 +20,8 @@ Where the paper is silent
   losses        Eq. 11-12 are sums over cells (their minus sign is missing). We divide their weighted sum by the number
                 of P_mask's cells and of sentences; under Adam that common factor cancels. lambda acts as printed.
   target        "down-sampled ground truth": the share of each cell that the mask covers, a number in 0..1.
+  optimiser     Adam (AdamW without decay). Word vectors start from GloVe's and are trained.
+  H_mask        enters Eq. 10 after its sigmoid, as the h_l of Eq. 12.
   input         "resized to 416x416": the image keeps its shape and is padded (MCN); `--squash` stretches it.
   n filters     "filtering twice": filter i sees F_m3 gated by sigmoid of heat map i-1, the last map goes on, all maps
                 are supervised; `--filter-chain parallel` gives the segmentation head all n maps at once instead.
@@ -61,7 +63,8 @@ def get_parser():
     add = parser.add_argument_group("input").add_argument
     add("--size", type=int, default=416, help="side of the square input, a multiple of 32; Sec. 4.1, Table 6")
     parser.switch(None, "squash", False, "stretch the image to the square instead of padding it")
-    add("--max-words", type=int, default=15, help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.1. 0: blind to the sentence, a control")
+    add("--max-words", type=int, default=15,
+        help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.1. 0: blind to the sentence, a control")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -111,7 +114,7 @@ def frontend(args, vocabulary):
 # paper), F_m2 and F_m1 at two and four times that stride, P_mask at half of it.
 
 BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
-             "small": lambda: Small(24, (1, 2, 3))}
+             "small": lambda: Small(24, (1, 2, 6))}
 
 
 class LTS(nn.Module):

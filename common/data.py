@@ -25,6 +25,7 @@ from common.masks import MAX_PIXELS, check_rle, decode
 from common.text import swap_left_right
 
 EMBEDDED = ("refshapes", "refshapes+", "refshapesg")
+SMALL_CORPUS = 2 ** 28  # bytes of decoded pictures that may stay in memory
 WORKER_TIMEOUT = 300  # seconds after which a hung loader worker ends the run instead of hanging it
 
 
@@ -287,6 +288,7 @@ class RefDataset(torch.utils.data.Dataset):
         bounds = np.searchsorted(self.expression_image[order], np.arange(len(images) + 1))
         self.of_image = [order[bounds[i]:bounds[i + 1]] for i in range(len(images))]
         self.with_expressions = np.flatnonzero(np.diff(bounds))
+        self.decoded, self.small = {}, 3 * int(self.sizes.prod(1).sum()) <= SMALL_CORPUS
 
     def __len__(self):
         return len(self.sent_ids)
@@ -321,8 +323,13 @@ class RefDataset(torch.utils.data.Dataset):
         return np.concatenate([boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)]) if len(boxes) else np.zeros(4)
 
     def picture(self, image):
-        """Image number `image`, (3,H,W) uint8."""
-        return load_image(self.root / self.file_names[image], *map(int, self.sizes[image]))
+        """Image number `image`, (3,H,W) uint8. Without loader processes a small corpus stays decoded in memory."""
+        if image in self.decoded:
+            return self.decoded[image]
+        picture = load_image(self.root / self.file_names[image], *map(int, self.sizes[image]))
+        if self.small and torch.utils.data.get_worker_info() is None:
+            self.decoded[image] = picture
+        return picture
 
     def __getitem__(self, key):
         try:

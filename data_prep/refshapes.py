@@ -633,6 +633,8 @@ def workers(jobs):
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         yield partial(pool.imap, chunksize=20)
+        pool.close()
+        pool.join()
 
 
 def wordpieces(sentences):

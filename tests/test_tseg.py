@@ -1,6 +1,7 @@
 """TSEG: pooling and labels against the equations written out, each flag, gathering over ranks, and the edge cases."""
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_pooling_equals_its_equations(pooling):
             if pooling in ("gap", "gmp"):
                 expected = sum(column) / len(there) if pooling == "gap" else max(column)
             else:
-                total = [1 + (sum(math.exp(v) for v in s[b, i].tolist()) if pooling == "spa" else math.exp(s[b, i, j])) for i in there]
+                rivals = range(3) if pooling == "spa" else [j]
+                total = [1 + sum(math.exp(s[b, i, k]) for k in rivals) for i in there]
                 m = [math.exp(v) / t for v, t in zip(column, total)]
                 mean = sum(m) / len(m)
                 expected = sum(v * w for v, w in zip(column, m)) / (sum(m) + 0.5) + (1 - mean) ** 5 * math.log(0.01 + mean)
@@ -180,7 +182,8 @@ def test_every_row_trains_and_segments(flags):
     idf = train_tseg.document_weights([VOCABULARY("red dog"), VOCABULARY("left cat")], len(VOCABULARY))
     loss = loss_of(model, args, batch, targets(inside=inside), idf if args.labels == "tfidf" else None)
     loss.backward()
-    assert torch.isfinite(loss) and [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert torch.isfinite(loss)
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert model.log_scale.grad != 0
     out = model.eval().segment(model.encode_image(batch[0]), *batch[1:])
     assert len(out["prob"]) == len(out["score"]) == len(out["heat"]["S"]) == 4
@@ -249,9 +252,9 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path):
 def training_set(shapes, *flags):
     args = parse(train_tseg.get_parser(), [*TINY, "--data-root", str(shapes), *flags])
     vocabulary = train_tseg.load_vocabulary(args)
-    dataset = data.RefDataset(data.split_path(shapes, "refshapes", "train"), *train_tseg.frontend(args, vocabulary), None, args.flip, 0,
-                              train_tseg.partial(train_tseg.augment, scale=args.scale))
-    dataset.targets = train_tseg.partial(train_tseg.make_targets, args=args, widest=max(map(len, dataset.of_image)))
+    dataset = data.RefDataset(data.split_path(shapes, "refshapes", "train"), *train_tseg.frontend(args, vocabulary), None,
+                              args.flip, 0, partial(train_tseg.augment, scale=args.scale))
+    dataset.targets = partial(train_tseg.make_targets, args=args, widest=max(map(len, dataset.of_image)))
     return args, dataset
 
 
@@ -295,15 +298,16 @@ def test_boxes_then_text(shapes, tmp_path):
     """Table 2e's two runs, as a user starts them: boxes, then text from there; scores are written."""
     common = [*TINY, "--data-root", str(shapes), "--max-steps", "2", "--epochs", "1"]
     train_tseg.main([*common, "--pretrain", "boxes", "--out", str(tmp_path / "boxes")])
-    train_tseg.main([*common, "--init", str(tmp_path / "boxes" / "best.pt"), "--labels", "tfidf", "--fraction", "0.5", "--lr", "0",
-                     "--out", str(tmp_path / "text")])
+    train_tseg.main([*common, "--init", str(tmp_path / "boxes" / "best.pt"), "--labels", "tfidf",
+                     "--fraction", "0.5", "--lr", "0", "--out", str(tmp_path / "text")])
     assert json.loads((tmp_path / "text" / "eval" / "refshapes_val.json").read_text())["n"] > 0
     first, second = (checkpoint.load(tmp_path / name / "best.pt")["model"] for name in ("boxes", "text"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("texts, size", [(["zzz qqq"], (40, 30)), ([""], (40, 30)), (["§§ ☃"], (40, 30)), (["red dog"], (3, 2)),
-                                         ([f"red dog {i}" for i in range(200)], (40, 30)), (["red dog"] * 3, (500, 1))],
+@pytest.mark.parametrize("texts, size", [
+    (["zzz qqq"], (40, 30)), ([""], (40, 30)), (["§§ ☃"], (40, 30)), (["red dog"], (3, 2)),
+    ([f"red dog {i}" for i in range(200)], (40, 30)), (["red dog"] * 3, (500, 1))],
                          ids=["unknown", "empty", "signs", "smaller than a patch", "200 phrases", "a line"])
 @pytest.mark.parametrize("pooling", ["gap", "gmp", "spa", "mpa"])
 def test_odd_requests_have_answers(texts, size, pooling):
@@ -339,8 +343,9 @@ def test_full_changes_optimiser_and_size():
         "eval_splits": weak.eval_splits, "name": ""}
 
 
-@pytest.mark.parametrize("flags, says", [(["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"),
-                                         (["--max-words", "600"], "510 pieces"), (["--full", "--pretrain", "boxes"], "one of them")])
+@pytest.mark.parametrize("flags, says", [
+    (["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"), (["--max-words", "600"], "510 pieces"),
+    (["--full", "--pretrain", "boxes"], "one of them")])
 def test_settings_that_cannot_be(flags, says):
     args = parse(train_tseg.get_parser(), [*TINY, *flags])
     with pytest.raises(UserError, match=says):

@@ -143,6 +143,7 @@ def record_faults(path, data):
     for number, record in enumerate(data["expressions"]):
         where = f"{path}: expression number {number}"
         try:
+            field(record, "id", int, where)
             image_id = field(record, "image_id", int, where)
             if image_id not in images:
                 raise UserError(f"{where}: its image {image_id} is not in the file")

@@ -538,6 +538,8 @@ def main(argv=None):
             model.language.load_vectors(vocabulary, known, vectors)
         train(args, ranks, folder, state, model, vocabulary, train_set, val_set)
 
+        if not args.eval_splits:
+            return
         from eval import main as evaluate_run  # the same program that a user runs afterwards
         evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
                       "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)

@@ -742,6 +742,7 @@ def main(argv=None):
     splits = ["train", "val", *args.eval_splits]
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
+    args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
         if not present:
             if ranks.main:
@@ -777,6 +778,8 @@ def main(argv=None):
             model.language.load_vectors(vocabulary, known, vectors)
         train(args, ranks, folder, state, model, vocabulary, train_set, val_set)
 
+        if not args.eval_splits:
+            return
         from eval import main as evaluate_run  # the same program that a user runs afterwards
         evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
                       "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)

@@ -161,7 +161,7 @@ def of_stage(args, stage):
 # P points. Tokens are bins 0 … M-1 and EOS = M; x and y alternate, x first.
 
 BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
-             "small": lambda: Small(24, (1, 2, 3))}
+             "small": lambda: Small(24, (1, 2, 6))}
 
 
 class SeqTR(nn.Module):
@@ -572,26 +572,40 @@ def visible_size(frame):
 
 # ---- targets and losses -------------------------------------------------------------------------------------
 
-def make_targets(example, points, bins, contour, sampling, box=False, raw=None):
+def make_targets(example, points, bins, contour, sampling, box=False, pseudo=None, raw=None):
     """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end.
 
-    box: the corners of the annotated box instead of the mask's contour. raw: {expression: (P,2) points in the image's frame}
-    that stand as they are.
+    box: the corners of the annotated box instead of the mask's contour. pseudo: {expression: RLE} of masks that stand for the
+    annotated ones. raw: {expression: (P,2) points in the image's frame} that are taken as they are.
     """
-    frame, size = example.frame, visible_size(example.frame)
+    frame, size, pseudo, raw = example.frame, visible_size(example.frame), pseudo or {}, raw or {}
     rows = np.full((len(example.expressions), 2 if box else points, 2), bins, np.int64)
-    for row, e, mask in zip(rows, example.expressions.tolist(), example.masks):
+    expressions, wanted, lines = example.expressions.tolist(), {}, {}
+    for e, k in zip(expressions, example.mask_of.tolist()):  # contours to trace; sentences about the same objects share one
+        if not box and e not in raw:
+            key = (e,) if e in pseudo else k
+            wanted[e] = key
+            lines.setdefault(key, masks.decode(pseudo[e], checked=True) if e in pseudo else example.meant[k])
+    if lines:
+        shares = frame.masks_in(np.stack(list(lines.values()))).numpy()
+        lines = {key: sequence(share, points, contour, sampling) for key, share in zip(lines, shares)}
+    for row, e in zip(rows, expressions):
         if box:
             corners = frame.boxes_in(example.dataset.expression_box(e)).reshape(2, 2)
-        elif raw is not None and e in raw:
+        elif e in raw:
             corners = frame.points_in(raw[e])[::-1 if frame.flipped else 1][:points]  # clockwise in the mirror, too
         else:
-            share = frame.masks_in(mask[None])[0].numpy()
-            # an object that shrinks below half a pixel is still there
-            line = trace(share >= min(0.5, share.max()) if share.max() > 0 else share > 0, contour)
-            corners = np.zeros((0, 2)) if line is None else sample(line, points, sampling)
+            corners = lines[wanted[e]]
         row[:len(corners)] = quantise(corners, size, bins)
     return {"tokens": torch.from_numpy(rows).flatten(1)}
+
+
+def sequence(share, points, contour, sampling):
+    """At most `points` points (P,2) along the contour of a mask, given by the share (H,W) of each pixel that it covers; an object
+    that shrank below half a pixel is still there. (0,2) for an empty mask."""
+    most = share.max()
+    line = trace(share >= min(0.5, most), contour) if most > 0 else None
+    return np.zeros((0, 2)) if line is None else sample(line, points, sampling)
 
 
 def jitter(example, low, high, flip):
@@ -670,7 +684,7 @@ def training_view(args, train_set, folder):
     supervised[list(pseudo)] = True
     view = narrowed(train_set, supervised)
     return view.view(expression_mask=partial(mixed_mask, train_set, pseudo),
-                     targets=train_set.targets if args.rpp else partial(train_set.targets, raw=raw))
+                     targets=partial(train_set.targets, pseudo=pseudo, raw=None if args.rpp else raw))
 
 
 def check_corpus(dataset):
@@ -1014,6 +1028,7 @@ def main(argv=None):
     splits = ["train", "val", *args.eval_splits]
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
+    args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
         if not present:
             if ranks.main:

@@ -625,6 +625,8 @@ def main(argv=None):
             args.leaky_init = any(seen)
         train(args, ranks, folder, state, model, vocabulary, train_set, val_set, idf)
 
+        if not args.eval_splits:
+            return
         from eval import main as evaluate_run  # the same program that a user runs afterwards
         evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
                       "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)

@@ -172,12 +172,15 @@ def require(data_root, dataset, splits, hint):
 
     hint: the yaml that runs the same script on the embedded data.
     """
+    reader = {"phrasecut": "phrasecut", "voc": "voc"}.get(dataset)
+    command = f"python -m data_prep.{reader} (see its --help)" if reader else \
+        f"python -m data_prep.refcoco --refs REFS.p --instances instances.json --images IMAGES --dataset {dataset} " \
+        f"--data-root {data_root}"
     missing = [path for path in (split_path(data_root, dataset, split) for split in splits) if not path.is_file()]
     if missing and dataset not in EMBEDDED:
         raise UserError(
-            f"{missing[0]} does not exist: prepare {dataset} with `python -m data_prep.refcoco --refs REFS.p --instances "
-            f"instances.json --images IMAGES --dataset {dataset} --data-root {data_root}` (data_prep/README.md says where "
-            f"the files are), or run on the embedded data with `--yaml {hint}`.")
+            f"{missing[0]} does not exist: prepare {dataset} with `{command}` (data_prep/README.md says where the files are), "
+            f"or run on the embedded data with `--yaml {hint}`.")
     return not missing
 
 

@@ -156,7 +156,7 @@ def test_cells_by_hand(width, height, size, max_size, flipped):
     mask = np.zeros((2, height, width), bool)
     mask[0, 5:9, 3:21] = True
     mask[1, -1, -1] = True
-    example = data.Example(None, 0, np.arange(2), mask, frame, None)
+    example = data.Example(None, 0, np.arange(2), mask, np.arange(2), frame, None)
     made = train_pks.make_targets(example)
     pyramid = train_pks.SmallFPN(8)(torch.zeros(1, 3, frame.canvas_height, frame.canvas_width))
     centres = frame.points_in(np.array([[12.0, 7.0], [width - 0.5, height - 0.5]]))

@@ -1,5 +1,6 @@
 """The scripts as their users run them: trained, evaluated, copied, killed and resumed, on several ranks, with bad input."""
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,8 @@ def test_killed_and_resumed_is_the_unbroken_run(trained, shapes, tmp_path, how, 
     """Ended in mid-epoch by a signal, then resumed: bit for bit the weights, and the log without a gap."""
     out, flags = tmp_path / "run", ["--epochs", "2", "--eval-every", "1", "--save-every", "1", "--log-every", "1"]
     process = subprocess.Popen([sys.executable, "train_lts.py", *TINY, "--data-root", str(shapes), "--out", str(out), *flags],
-                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # as `command` has it: sums depend on it
     log, deadline = out / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and f'"step": {after},' in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None

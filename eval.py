@@ -71,9 +71,10 @@ def find_checkpoint(args, say):
         return Path(args.checkpoint)
     if args.run:
         path = Path(args.run) / "best.pt"
-        if not path.is_file():
+        stages = sorted(Path(args.run).glob("*/best.pt"), key=lambda stage: stage.stat().st_mtime)
+        if not path.is_file() and not stages:
             raise UserError(f"{path} does not exist; is {args.run} the folder of a run that has been evaluated once?")
-        return path
+        return path if path.is_file() else stages[-1]  # a run with stages: the last one
     found = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("there is no run below runs/ yet; train one, or name it with --run.")

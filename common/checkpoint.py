@@ -65,7 +65,8 @@ def load(path, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # zipfile, torch's reader and its unpickler raise nearly anything on hostile bytes
-        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else type(error).__name__}).") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}).") from None
     if not isinstance(state, dict) or state.get("version") != VERSION or not isinstance(state.get("script"), str):
         raise UserError(f"{path} is no checkpoint of this repository's scripts (version {VERSION}).")
     return state

@@ -200,6 +200,7 @@ def is_train(split):
 
 
 def image_ids(data):
+    """The set of image ids of a prepared split; records without an integer id are faults elsewhere."""
     return {record["id"] for record in data["images"] if isinstance(record, dict) and type(record.get("id")) is int}
 
 

@@ -120,6 +120,7 @@ def loader_against_darknet():
         path = synthetic_corpus(Path(folder), 200, 400, 1200)
         dataset = data.RefDataset(path, lambda text: vocabulary.encode(text, 15), data.Canvas(416),
                                   partial(train_lts.make_targets, finest_stride=8))
+        dataset.small = False  # decode every picture, as a corpus of real size does
         plan = data.plan_epoch(dataset, 0, 0, 8, 1, "ref")[:6]
         backbone = Darknet53().eval()
         images = torch.rand(8, 3, 416, 416)

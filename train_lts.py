@@ -167,10 +167,11 @@ class LTS(nn.Module):
         visual1, visual2, visual3 = features
         states, known = self.language(text)
         sentence = mean_over_words(states, known)                                        # (E, text_dim), Eq. 3
-        fused1 = visual1[image_of]                                                       # (E, D, h/4, w/4)
+        # index_select and not [image_of]: its backward, adding whole maps, is ten times as fast on a CPU
+        fused1 = visual1.index_select(0, image_of)                                       # (E, D, h/4, w/4)
         if self.use.fusion:
             fused1 = fused1 * F.leaky_relu(self.textual(sentence), 0.1)[..., None, None]  # Eq. 5
-        fused2 = torch.cat([_up(self.merge1(fused1)), visual2[image_of]], 1)             # (E, D, h/2, w/2), Eq. 6-7
+        fused2 = torch.cat([_up(self.merge1(fused1)), visual2.index_select(0, image_of)], 1)  # (E, D, h/2, w/2), Eq. 6-7
         # F_m3 = concat(up(coarse), fine[image_of]), Eq. 6-7, is kept in its two parts: what is pointwise or even-dilated
         # acts on `coarse` at a quarter of the cells and on `fine` once per image, with the very same result.
         fused3 = Fused(self.merge2(fused2), visual3, image_of)                           # (E, D/2, h/2, w/2), (B, D/2, h, w)
@@ -200,7 +201,11 @@ class Fused:
 
     def whole(self):
         """F_m3 itself, (E, D, h, w)."""
-        return torch.cat([_up(self.coarse), self.fine[self.image_of]], 1)
+        return torch.cat([_up(self.coarse), self.fine_of_sentence()], 1)
+
+    def fine_of_sentence(self):
+        """The fine half, once for each sentence, (E, D/2, h, w)."""
+        return self.fine.index_select(0, self.image_of)
 
 
 def _up(x):
@@ -227,7 +232,7 @@ class FilterLocator(nn.Module):
             kernel = to_kernel(states if self.by_word else sentence[:, None])           # (E, L or 1, D), K = f_text W_k
             coarse, fine = kernel.chunk(2, -1)
             response = _up(torch.einsum("eld,edhw->elhw", coarse, fused.coarse)) \
-                + torch.einsum("eld,edhw->elhw", fine, fused.fine[fused.image_of])      # Eq. 8
+                + torch.einsum("eld,edhw->elhw", fine, fused.fine_of_sentence())  # Eq. 8
             response = response * gate
             if self.by_word:
                 response = mean_over_words(F.leaky_relu(response, 0.1).flatten(2), known).unflatten(1, response.shape[2:])
@@ -306,7 +311,7 @@ class Segmenter(nn.Module):
         keep = dict(dilation=rate // 2, padding=rate // 2) if rate > 1 else {}
         coarse, fine, rest = conv.weight.split([half, half, conv.weight.shape[1] - 2 * half], 1)
         out = _up(F.conv2d(fused.coarse, coarse, **keep)) \
-            + F.conv2d(fused.fine, fine, padding=conv.padding, dilation=rate)[fused.image_of]
+            + F.conv2d(fused.fine, fine, padding=conv.padding, dilation=rate).index_select(0, fused.image_of)
         return out + F.conv2d(prior, rest, padding=conv.padding, dilation=rate) if prior is not None else out
 
 

@@ -1,10 +1,15 @@
 """Settings: precedence, types, typing errors, and a folder named yaml/ that must not shadow PyYAML."""
+import importlib
+
 import pytest
 import yaml
 
 import train_lts
 from common.config import REPOSITORY, UserError, dump, parse
 from tests.conftest import command
+
+
+SCRIPTS = sorted(path.stem for path in REPOSITORY.glob("train_*.py"))
 
 
 def settings(tmp_path, *files, argv=()):
@@ -22,9 +27,11 @@ def test_order(tmp_path):
     assert settings(tmp_path, "expressions-per-image: all").expressions_per_image == 0
 
 
-def test_own_yaml_holds_the_defaults(tmp_path):
-    """yaml/lts.yaml and `--help` must tell the same story: the paper's."""
-    own, defaults = settings(tmp_path), parse(train_lts.get_parser(), [])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_own_yaml_holds_the_defaults(name):
+    """A script's yaml and its `--help` must tell the same story: the paper's."""
+    script = importlib.import_module(name)
+    own, defaults = parse(script.get_parser(), [], script.YAML), parse(script.get_parser(), [])
     assert {k for k in vars(own) if getattr(own, k) != getattr(defaults, k)} <= {"eval_splits"}
 
 
@@ -58,9 +65,13 @@ def test_dump_reads_back(tmp_path):
     assert vars(again) == vars(args)
 
 
-def test_every_yaml_parses():
-    for path in sorted((REPOSITORY / "yaml").glob("lts*.yaml")):
-        parse(train_lts.get_parser(), ["--yaml", str(path)])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_yaml_parses(name):
+    script = importlib.import_module(name)
+    files = sorted((REPOSITORY / "yaml").glob(f"{name.removeprefix('train_')}*.yaml"))
+    assert len(files) >= 2
+    for path in files:
+        parse(script.get_parser(), ["--yaml", str(path)], script.YAML)
 
 
 def test_yaml_folder_does_not_shadow_pyyaml():

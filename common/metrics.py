@@ -113,7 +113,7 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
     model.eval()
     dataset = dataset.view(flip=0.0, augment=None, original=True)
     batches = data.plan_evaluation(dataset, batch_size)
-    batches = _first_images(batches, limit) if limit else batches
+    batches = first_images(batches, limit) if limit else batches
     mine = distributed.deal(ranks, batches)
     started = time.monotonic()
     rows = []
@@ -148,7 +148,8 @@ def evaluate(model, dataset, ranks, batch_size=16, workers=0, amp="off", thresho
     return rows, time.monotonic() - started
 
 
-def _first_images(batches, limit):
+def first_images(batches, limit):
+    """The planned batches cut after the first `limit` images."""
     kept = []
     for batch in batches:
         kept.append(batch[:limit - sum(map(len, kept))])

@@ -304,7 +304,8 @@ def string_number(text):
 
 def boxes_of(example):
     """(E,H,W) bool: the union of the boxes of each expression's objects, in whole pixels of the image."""
-    dataset, masks = example.dataset, np.zeros_like(example.masks)
+    dataset, frame = example.dataset, example.frame
+    masks = np.zeros((len(example.expressions), frame.height, frame.width), bool)
     for mask, e in zip(masks, example.expressions):
         for x, y, w, h in dataset.boxes[dataset.objects_of[e]]:
             mask[max(0, round(y)):max(0, round(y + h)), max(0, round(x)):max(0, round(x + w))] = True

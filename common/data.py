@@ -209,20 +209,24 @@ def load_image(path, width=0, height=0):
         raise UserError(f"{path} cannot be read as a picture: {error}.") from None
 
 
-@dataclass
 class Example:
     """What a script's `targets` function sees of one image, in a loader worker.
 
-    meant (U,H,W) bool in the image's own frame, the distinct masks; mask_of (E,) which of them each expression drawn
-    means; `rng` is seeded by (seed, epoch, index).
+    meant (U,H,W) bool in the image's own frame, the distinct masks, or a function that makes them, called when they are
+    first read, so that training without masks neither decodes nor needs any; mask_of (E,) which of them each expression
+    drawn means; `rng` is seeded by (seed, epoch, index).
     """
-    dataset: "RefDataset"
-    image: int
-    expressions: np.ndarray
-    meant: np.ndarray
-    mask_of: np.ndarray
-    frame: Frame
-    rng: np.random.Generator
+
+    def __init__(self, dataset, image, expressions, meant, mask_of, frame, rng):
+        self.dataset, self.image, self.expressions, self.mask_of = dataset, image, expressions, mask_of
+        self.frame, self.rng, self._meant = frame, rng, meant
+
+    @property
+    def meant(self):
+        """(U,H,W) bool."""
+        if callable(self._meant):
+            self._meant = self._meant()
+        return self._meant
 
     @property
     def masks(self):
@@ -236,14 +240,15 @@ class RefDataset(torch.utils.data.Dataset):
     path: the split's json. encode: sentence -> list of ids. canvas: Canvas. targets: Example -> {name: tensor}, each with
     one row per expression, or None. flip: the probability of mirroring image and sentence. augment: Example -> Frame, a
     random scale or crop that may look at the masks, or None. Masks of the original frame are delivered when `original`
-    is true (evaluation).
+    is true (evaluation). prepared: what the file would hold, in its place.
     Raises UserError where the file is missing or is no prepared corpus.
     """
 
-    def __init__(self, path, encode, canvas, targets=None, flip=0.0, seed=0, augment=None, original=False):
+    def __init__(self, path, encode, canvas, targets=None, flip=0.0, seed=0, augment=None, original=False,
+                 prepared=None):
         self.path, self.encode, self.canvas, self.targets = Path(path), encode, canvas, targets
         self.flip, self.seed, self.augment, self.original = flip, seed, augment, original
-        self._read(_load_json(self.path))
+        self._read(load_prepared(self.path) if prepared is None else prepared)
 
     def _read(self, prepared):
         """Fill the columns from the prepared json, checking what later code relies on."""
@@ -262,7 +267,9 @@ class RefDataset(torch.utils.data.Dataset):
             self.boxes = np.array([o["bbox"] for o in objects], np.float64).reshape(-1, 4)
             self.areas = np.array([o["area"] for o in objects], np.float64)
             self.parts = _integers([o.get("parts", 1) for o in objects])
+            self.crowd = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
             self.rles = [o["mask"] for o in objects]
+            self.crowds = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
             known = {id_: i for i, id_ in enumerate(self.object_ids.tolist())}
             self.sent_ids = _integers([e["id"] for e in expressions])
             self.ref_ids = _integers([e["ref_id"] for e in expressions])
@@ -314,9 +321,12 @@ class RefDataset(torch.utils.data.Dataset):
 
     def expression_mask(self, e):
         """The union of the masks that expression e names, (H,W) bool; all False where it names none."""
-        width, height = self.sizes[self.expression_image[e]]
+        return self._union(self.expression_image[e], self.objects_of[e])
+
+    def _union(self, image, objects):
+        width, height = self.sizes[image]
         mask = np.zeros((height, width), bool)
-        for i in self.objects_of[e]:
+        for i in objects:
             mask |= self.object_mask(i)
         return mask
 
@@ -342,11 +352,9 @@ class RefDataset(torch.utils.data.Dataset):
 
     def _sample(self, epoch, image, expressions):
         rng = np.random.default_rng((self.seed, epoch, int(expressions[0]) if len(expressions) else image))
-        meant, mask_of = None, None
-        if self.targets or self.augment or self.original:
-            distinct = list({tuple(self.objects_of[e]): e for e in expressions}.values())
-            meant = np.stack([self.expression_mask(e) for e in distinct])
-            mask_of = np.array([[self.objects_of[d] for d in distinct].index(self.objects_of[e]) for e in expressions])
+        distinct = {named: n for n, named in enumerate(dict.fromkeys(tuple(self.objects_of[e]) for e in expressions))}
+        mask_of = np.array([distinct[tuple(self.objects_of[e])] for e in expressions], np.int64)
+        meant = lambda: np.stack([self._union(image, named) for named in distinct])  # noqa: E731
         example = Example(self, image, expressions, meant, mask_of, self.canvas.frame(*map(int, self.sizes[image])), rng)
         if self.augment:
             example.frame = self.augment(example)
@@ -360,7 +368,8 @@ class RefDataset(torch.utils.data.Dataset):
                 "masks": torch.from_numpy(example.masks) if self.original else None}
 
 
-def _load_json(path):
+def load_prepared(path):
+    """The json of a split, as data_prep wrote it. Raises UserError where it is missing or damaged."""
     try:
         with open(path, encoding="utf-8") as file:
             prepared = json.load(file)

@@ -267,7 +267,6 @@ class RefDataset(torch.utils.data.Dataset):
             self.boxes = np.array([o["bbox"] for o in objects], np.float64).reshape(-1, 4)
             self.areas = np.array([o["area"] for o in objects], np.float64)
             self.parts = _integers([o.get("parts", 1) for o in objects])
-            self.crowd = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
             self.rles = [o["mask"] for o in objects]
             self.crowds = np.array([bool(o.get("iscrowd", 0)) for o in objects], bool)
             known = {id_: i for i, id_ in enumerate(self.object_ids.tolist())}

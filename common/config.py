@@ -131,11 +131,12 @@ def _parse(parser, words, where):
     args, unknown = parser.parse_known_args(words)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"{where} has the unknown argument {unknown[0]!r}{_nearest(unknown[0].split('=')[0], flags)}.")
+        raise UserError(f"{where} has the unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}.")
     return args
 
 
-def _nearest(name, known):
+def nearest(name, known):
+    """`, did you mean 'x'?` with the one of `known` that looks most like `name`, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -185,7 +186,7 @@ def yaml_words(parser, path):
     for key, value in load_yaml(path).items():
         action = actions.get(str(key).replace("-", "_"))
         if action is None or action.dest in ("help", "yaml"):
-            raise UserError(f"{path} has the unknown key {key!r}{_nearest(str(key), list(actions))}.")
+            raise UserError(f"{path} has the unknown key {key!r}{nearest(str(key), list(actions))}.")
         flag = action.option_strings[0]
         is_switch = isinstance(action, argparse.BooleanOptionalAction)
         if value is None:

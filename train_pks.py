@@ -747,8 +747,7 @@ def main(argv=None):
     try:
         if not present:
             if ranks.main:
-                from data_prep import refshapes  # only the embedded data needs the generator
-                refshapes.make(args.data_root)
+                data.make_embedded(args.data_root, args.dataset)
             distributed.barrier(ranks)
         targets = weak_targets(args, ranks) if args.weak else make_targets
         torch.manual_seed(args.seed)

@@ -1032,8 +1032,7 @@ def main(argv=None):
     try:
         if not present:
             if ranks.main:
-                from data_prep import refshapes  # only the embedded data needs the generator
-                refshapes.make(args.data_root)
+                data.make_embedded(args.data_root, args.dataset)
             distributed.barrier(ranks)
         if distributed.any_rank(ranks, not subsets.subset_path(args.data_root, args.dataset, args.ratio).is_file()):
             if ranks.main:

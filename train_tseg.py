@@ -53,7 +53,6 @@ from common.config import UserError, base_parser, parse, run
 from common.language import Bert
 from common.layers import normalise
 from common.text import WordPiece, swap_left_right
-from data_prep import phraseshapes, refshapes
 
 # ---- settings -----------------------------------------------------------------------------------------------
 
@@ -586,14 +585,13 @@ def main(argv=None):
     """Prepare, train, then score best.pt on --eval-splits and write the report."""
     args = parse(get_parser(), argv, own_yaml=YAML, overlays={"full": FULL_YAML, "pretrain": FULL_YAML})
     splits = ["train", "val", *args.eval_splits]
-    present = phraseshapes.is_made(args.data_root) if args.dataset == phraseshapes.NAME else \
-        data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
+    present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
     args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
         if not present:
             if ranks.main:
-                (phraseshapes if args.dataset == phraseshapes.NAME else refshapes).make(args.data_root)
+                data.make_embedded(args.data_root, args.dataset)
             distributed.barrier(ranks)
         torch.manual_seed(args.seed)
         folder = runlog.run_folder(args, Path(__file__).stem)

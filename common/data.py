@@ -10,6 +10,7 @@ Order and augmentation are pure functions of (seed, epoch, index): no worker hol
 stops anywhere resumes with the very batches that it would have seen.
 """
 import copy
+import importlib
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from common.config import UserError
-from common.masks import MAX_PIXELS, check_rle, decode
+from common.masks import MAX_PIXELS, check_rle, decode, read_class_map
 from common.text import swap_left_right
 
-EMBEDDED = ("refshapes", "refshapes+", "refshapesg")
+# corpora that are drawn on first use: the module of data_prep that does it, whose name the finished folder's marker bears
+EMBEDDED = {"refshapes": "refshapes", "refshapes+": "refshapes", "refshapesg": "refshapes", "phraseshapes": "phraseshapes",
+            "vocshapes": "vocshapes"}
 SMALL_CORPUS = 2 ** 28  # bytes of decoded pictures that may stay in memory
 WORKER_TIMEOUT = 300  # seconds after which a hung loader worker ends the run instead of hanging it
 
@@ -168,7 +171,7 @@ def split_path(data_root, dataset, split):
 
 
 def require(data_root, dataset, splits, hint):
-    """Return whether every split is there. A missing embedded corpus is reported, any other raises UserError.
+    """Return whether every split is there. A missing or unfinished embedded corpus is reported, any other raises UserError.
 
     hint: the yaml that runs the same script on the embedded data.
     """
@@ -181,7 +184,13 @@ def require(data_root, dataset, splits, hint):
         raise UserError(
             f"{missing[0]} does not exist: prepare {dataset} with `{command}` (data_prep/README.md says where the files are), "
             f"or run on the embedded data with `--yaml {hint}`.")
-    return not missing
+    return not missing and (dataset not in EMBEDDED or
+                            (Path(data_root) / dataset / f"{EMBEDDED[dataset]}.json").is_file())
+
+
+def make_embedded(data_root, dataset):
+    """Draw the embedded corpus `dataset`, and its siblings, below `data_root`. Raises UserError where it cannot be written."""
+    importlib.import_module(f"data_prep.{EMBEDDED[dataset]}").make(data_root)  # nobody else needs the generators
 
 
 def load_image(path, width=0, height=0):
@@ -260,6 +269,8 @@ class RefDataset(torch.utils.data.Dataset):
             self.image_ids = _integers([image["id"] for image in images])
             self.sizes = _integers([(image["width"], image["height"]) for image in images]).reshape(-1, 2)
             self.file_names = [image["file_name"] for image in images]
+            self.class_maps = [image.get("class_map") for image in images]
+            self.class_names = [str(category["name"]) for category in self.meta.get("categories", [])]
             position = {id_: i for i, id_ in enumerate(self.image_ids.tolist())}
             self.object_ids = _integers([o["id"] for o in objects])
             self.object_image = _integers([position[o["image_id"]] for o in objects])
@@ -288,6 +299,8 @@ class RefDataset(torch.utils.data.Dataset):
             ((self.sizes < 1).any() or (self.sizes.prod(1) > MAX_PIXELS).any(), "has an image of impossible size"),
             (any(not isinstance(f, str) or os.path.isabs(f) or os.path.normpath(f).startswith("..") or "\0" in f
                  for f in self.file_names), "has a file_name that leaves the image root"),
+            (any(path is not None and (type(path) is not str or "\0" in path) for path in self.class_maps),
+             "has a class_map that is no path"),
             (not len(expressions), "has no expression"),
         ]
         for found, what in faults:
@@ -333,6 +346,14 @@ class RefDataset(torch.utils.data.Dataset):
         """The xyxy box round the annotated boxes of the objects that expression e names; zeros where it names none."""
         boxes = self.boxes[self.objects_of[e]]
         return np.concatenate([boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)]) if len(boxes) else np.zeros(4)
+
+    def class_map(self, image):
+        """Image number `image` as (H,W) uint8: 0 background, c the c-th of `class_names`, 255 undecided. Raises UserError."""
+        path, (width, height) = self.path.parent / self.class_maps[image], self.sizes[image]
+        classes = read_class_map(path, len(self.class_names))
+        if classes.shape != (height, width):
+            raise UserError(f"{path} has {classes.shape[1]}x{classes.shape[0]} pixels and the corpus says {width}x{height}.")
+        return classes
 
     def picture(self, image):
         """Image number `image`, (3,H,W) uint8. Without loader processes a small corpus stays decoded in memory."""

@@ -1,4 +1,4 @@
-"""Masks, run-length codes (RLE) and polygons, checked before pycocotools' C code sees them.
+"""Masks, run-length codes (RLE) and polygons, checked before pycocotools' C code sees them; class maps.
 
 pycocotools trusts what it is given: run lengths that do not fill the image return uninitialised memory or never
 end, a NaN or a far coordinate ends the process. So everything that comes from a file passes `check_rle` or
@@ -9,10 +9,14 @@ number in groups of five bits, least significant first (characters '0' to 'o', t
 the fourth run on as the difference to the run two before.
 """
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
+
+from common.config import UserError
 
 MAX_PIXELS = 2 ** 28     # of one image: 16,384 x 16,384
 MAX_SIDE = 2 ** 16       # JPEG's own limit; bounds what rasterising a polygon allocates
+UNDECIDED = 255          # of a class map: no class, and not the background either
 MAX_OUTLINE = 10 ** 7    # pixels along one polygon's outline; pycocotools allocates 40 bytes for each
 
 
@@ -213,3 +217,35 @@ def iou_boxes(a, b):
     inter = np.maximum(high - low, 0).prod(-1)
     union = np.maximum(a[..., 2:], 0).prod(-1) + np.maximum(b[..., 2:], 0).prod(-1) - inter
     return np.divide(inter, union, out=np.zeros(np.broadcast(inter, union).shape), where=union > 0)
+
+
+def _palette():
+    """(256,3) uint8: VOC's colours; the bits of a class's number, three by three, are the colours' bits from the highest."""
+    numbers = np.arange(256)
+    return np.stack([sum((numbers >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)],
+                    1).astype(np.uint8)
+
+
+PALETTE = _palette()
+
+
+def read_class_map(path, count):
+    """A PNG in VOC's way as (H,W) uint8: 0 background, 1..count, UNDECIDED. Raises UserError for another picture."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise UserError(f"{path}: a picture of mode {picture.mode} is no class map; VOC's SegmentationClass holds palettes")
+            check_size(picture.height, picture.width)
+            return check_classes(np.array(picture), count, path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the class map is missing") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a class map that can be read ({str(error)[:100]})") from None
+
+
+def check_classes(values, count, path):
+    """An integer array (H,W) of a class map as uint8. Raises UserError where it holds another number."""
+    wrong = np.setdiff1d(values, [*range(count + 1), UNDECIDED])
+    if wrong.size:
+        raise UserError(f"{path}: holds the class {wrong[0]}; there are 0 to {count}, and {UNDECIDED} for undecided pixels")
+    return values.astype(np.uint8)

@@ -21,7 +21,7 @@ from common.config import Parser, UserError, run, write_text
 from common.masks import bbox, encode
 from data_prep import phrasecut, refshapes
 
-NAME, VERSION, MARKER = "phraseshapes", 1, "phraseshapes.json"
+NAME, VERSION = "phraseshapes", 1
 # split: RefShapes' scenes that it takes, as (RefShapes' split, first index, count); those of `pool` are drawn fastest
 SCALES = {"default": {"train": [("pool", 0, 2000)], "val": [("val", 0, 200)], "miniv": [("val", 200, 20)],
                       "test": [("testA", 0, 100), ("testB", 0, 100)]}}
@@ -66,30 +66,45 @@ def draw(seed, folder, job):
     return {"image_id": image_id, "width": width, "height": height, "split": split}, tasks
 
 
-def is_made(data_root):
-    """Whether the finished corpus lies below `data_root`."""
-    return (Path(data_root) / NAME / MARKER).is_file()
+def draw_all(draw_one, splits, jobs, title):
+    """[draw_one((image_id from 1, split, RefShapes' split, index))] of all scenes of `splits`, an entry of SCALES."""
+    planned = [(split, scenes, first + i) for split, parts in splits.items()
+               for scenes, first, count in parts for i in range(count)]
+    planned = [(image_id, *job) for image_id, job in enumerate(planned, start=1)]
+    with refshapes.workers(jobs) as each:
+        return list(tqdm(each(draw_one, planned), title, len(planned), unit=" scenes", disable=None))
 
 
 def make(data_root, scale="default", seed=0, jobs=2):
     """Draw the corpus and prepare it, unless it is there. Raises UserError where it cannot be written."""
-    data_root = Path(data_root)
-    raw, part = data_root / "raw" / NAME, data_root / "raw" / f"{NAME}.part{os.getpid()}"
+    make_once(data_root, NAME, {"version": VERSION, "scale": scale, "seed": seed},
+              lambda folder: write_raw(folder, scale, seed, jobs),
+              lambda raw: phrasecut.convert(raw, [raw / "VG_100K"], data_root, NAME))
+
+
+def make_once(data_root, name, made, write, convert):
+    """Unless the finished corpus `name` is there: `write` the raw corpus to a folder, move it to its place, `convert` it, and
+    write vocab.txt, of the train split's words, and last the marker with `made`. A second process waits. Raises UserError
+    where another corpus of that name is there, or nothing can be written.
+    """
+    raw, folder = Path(data_root) / "raw" / name, Path(data_root) / name
+    part, marker, made = raw.with_name(f"{name}.part{os.getpid()}"), folder / f"{name}.json", json.dumps(made)
     try:
         raw.parent.mkdir(parents=True, exist_ok=True)
-        with refshapes.locked(raw.parent / f"{NAME}.lock"):
-            if is_made(data_root):
+        with refshapes.locked(raw.with_name(f"{name}.lock")):
+            if marker.is_file():
+                if marker.read_text(encoding="utf-8") != made:
+                    raise UserError(f"{folder} holds another corpus than asked for ({made}): remove it or choose another --data-root.")
                 return
             shutil.rmtree(raw, ignore_errors=True)
-            write_raw(part, scale, seed, jobs)
+            write(part)
             os.replace(part, raw)
-            phrasecut.convert(raw, [raw / "VG_100K"], data_root, NAME)
-            train = json.loads((raw / "refer_train.json").read_text(encoding="utf-8"))
-            pieces = refshapes.wordpieces([task["phrase"] for task in train])
-            write_text(data_root / NAME / "vocab.txt", "\n".join(pieces) + "\n")
-            write_text(data_root / NAME / MARKER, json.dumps({"version": VERSION, "scale": scale, "seed": seed}))
+            convert(raw)
+            train = json.loads((folder / "train.json").read_text(encoding="utf-8"))["expressions"]
+            write_text(folder / "vocab.txt", "\n".join(refshapes.wordpieces([e["text"] for e in train])) + "\n")
+            write_text(marker, made)
     except OSError as error:
-        raise UserError(f"cannot write PhraseShapes below {data_root}: {error}.") from None
+        raise UserError(f"cannot write {name} below {data_root}: {error}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -97,12 +112,7 @@ def make(data_root, scale="default", seed=0, jobs=2):
 def write_raw(folder, scale, seed, jobs):
     """Draw a whole corpus into `folder`, in PhraseCut's layout."""
     (folder / "VG_100K").mkdir(parents=True)
-    planned = [(split, scenes, first + i) for split, parts in SCALES[scale].items()
-               for scenes, first, count in parts for i in range(count)]
-    planned = [(image_id, *job) for image_id, job in enumerate(planned, start=1)]
-    with refshapes.workers(jobs) as each:
-        drawn = list(tqdm(each(partial(draw, seed, str(folder / "VG_100K")), planned), "drawing PhraseShapes", len(planned),
-                          unit=" scenes", disable=None))
+    drawn = draw_all(partial(draw, seed, str(folder / "VG_100K")), SCALES[scale], jobs, "drawing PhraseShapes")
     write_text(folder / "image_data_split.json", json.dumps([image for image, _ in drawn]))
     for split in SCALES[scale]:
         tasks = [task for image, of in drawn if image["split"] == split for task in of]

@@ -24,7 +24,6 @@ from data_prep.refcoco import (MAX_BYTES, check_name, image_error, image_root, p
 
 CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",
            "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor")
-IGNORE = 255
 PUBLISHED = {"train": 10582, "val": 1449}
 
 
@@ -45,21 +44,7 @@ def augmented(voc_train, voc_val, sbd):
     return sorted((set(voc_train) | set(sbd)) - set(voc_val))
 
 
-def read_png(path):
-    """VOC's class map (H,W) uint8: 0 background, 1..20, 255 undecided. Raises UserError for another picture."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
-                raise UserError(f"{path}: a picture of mode {picture.mode} is no class map; SegmentationClass holds palettes")
-            masks.check_size(picture.height, picture.width)
-            return _checked(np.array(picture), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: the class map is missing") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a class map that can be read ({str(error)[:100]})") from None
-
-
-def read_mat(path):
+def read_mat(path, count=len(CLASSES)):
     """SBD's class map (H,W) uint8 out of cls/<name>.mat, GTcls.Segmentation. Raises UserError."""
     from scipy.io import loadmat  # slow to import, and only SBD needs it
     try:
@@ -75,37 +60,36 @@ def read_mat(path):
         raise UserError(f"{path}: not a .mat of SBD with GTcls.Segmentation ({type(error).__name__})") from None
     if values.ndim != 2 or values.dtype.kind not in "ui":
         raise UserError(f"{path}: GTcls.Segmentation is no map of whole numbers")
-    return _checked(values, path)
+    return masks.check_classes(values, count, path)
 
 
-def _checked(values, path):
-    wrong = np.setdiff1d(values, [*range(len(CLASSES) + 1), IGNORE])
-    if wrong.size:
-        raise UserError(f"{path}: holds the class {wrong[0]}; VOC's are 0 to 20, and 255 for undecided pixels")
-    return values.astype(np.uint8)
-
-
-def entries(name, classes, class_map):
-    """(image, objects, expressions) of the prepared format for a class map (H,W); class_map: its file as it is named."""
+def entries(name, classes, class_map, names=CLASSES):
+    """(image, objects, expressions) of the prepared format for a class map (H,W); class_map: its file as it is named;
+    names: what the classes from 1 on are called.
+    """
     height, width = classes.shape
     image_id = int(name.replace("_", ""))
-    labels = [int(label) for label in np.unique(classes) if label not in (0, IGNORE)]
+    labels = [int(label) for label in np.unique(classes) if label not in (0, masks.UNDECIDED)]
     image = {"id": image_id, "file_name": f"{name}.jpg", "width": width, "height": height, "labels": labels,
              "class_map": class_map}
-    if (classes == IGNORE).any():
-        image["ignore"] = masks.encode(classes == IGNORE)
+    if (classes == masks.UNDECIDED).any():
+        image["ignore"] = masks.encode(classes == masks.UNDECIDED)
     objects, expressions = [], []
     for label in labels:
         rle, id_ = masks.encode(classes == label), image_id * 32 + label
         objects.append({"id": id_, "image_id": image_id, "category_id": label, "bbox": masks.bbox(rle, checked=True),
                         "area": masks.area(rle, checked=True), "iscrowd": 0, "mask": rle})
-        expressions.append({"id": id_, "ref_id": id_, "image_id": image_id, "object_ids": [id_], "text": CLASSES[label - 1]})
+        expressions.append({"id": id_, "ref_id": id_, "image_id": image_id, "object_ids": [id_], "text": names[label - 1]})
     return image, objects, expressions
 
 
-def convert(voc, data_root, sbd=None, dataset="voc", image_check=True):
-    """Prepare VOC; returns {split: counts}. sbd: SBD's folder `dataset`, or None. Raises UserError."""
+def convert(voc, data_root, sbd=None, dataset="voc", image_check=True, classes=CLASSES):
+    """Prepare VOC, or other class maps in its layout; returns {split: counts}. sbd: SBD's folder `dataset`, or None; classes:
+    the names of the classes from 1 on. Raises UserError.
+    """
     check_name(dataset, "a dataset's name", "--dataset")
+    if not 0 < len(classes) < 32:  # ids count them in five bits
+        raise UserError(f"--classes names {len(classes)} classes; there can be 1 to 31")
     voc, folder = Path(voc), Path(data_root) / dataset
     lists = [voc / "ImageSets" / "Segmentation" / f"{split}.txt" for split in ("train", "val")]
     train, val = map(read_list, lists)
@@ -121,16 +105,16 @@ def convert(voc, data_root, sbd=None, dataset="voc", image_check=True):
         for name in tqdm(sorted(names), f"VOC {split}", unit="image", disable=None, delay=2):
             if name in own:
                 path = voc / "SegmentationClass" / f"{name}.png"
-                classes = read_png(path)
+                labels = masks.read_class_map(path, len(classes))
             else:
-                classes, path = read_mat(sbd / "cls" / f"{name}.mat"), folder / "classes" / f"{name}.png"
-                _save(classes, path)
+                labels, path = read_mat(sbd / "cls" / f"{name}.mat", len(classes)), folder / "classes" / f"{name}.png"
+                _save(labels, path)
             photograph = voc / "JPEGImages" / f"{name}.jpg"
-            fault = image_error(photograph, classes.shape[::-1]) if image_check else ""
+            fault = image_error(photograph, labels.shape[::-1]) if image_check else ""
             if fault:
                 raise UserError(f"{fault}; --voc names the folder VOC2012 with all of its JPEGImages")
             image, its_objects, its_expressions = entries(
-                name, classes, f"{image_root(path.parent, folder, data_root)}/{path.name}")
+                name, labels, f"{image_root(path.parent, folder, data_root)}/{path.name}", classes)
             images.append(image)
             objects += its_objects
             expressions += its_expressions
@@ -138,7 +122,7 @@ def convert(voc, data_root, sbd=None, dataset="voc", image_check=True):
                          "expressions": len(expressions)}
         meta = {"dataset": dataset, "split": split, "split_by": "voc2012" + ("+sbd" if sbd and split == "train" else ""),
                 "image_root": image_root(voc / "JPEGImages", folder, data_root),
-                "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(CLASSES, start=1)],
+                "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(classes, start=1)],
                 "sources": [source(path) for path in files[split]], "counts": counts[split]}
         write_json(folder / f"{split}.json", {"meta": meta, "images": images, "objects": objects, "expressions": expressions})
     return counts
@@ -158,6 +142,7 @@ def get_parser():
     parser.add_argument("--voc", required=True, help="the folder VOCdevkit/VOC2012")
     parser.add_argument("--sbd", default=None, help="SBD's folder benchmark_RELEASE/dataset; None: VOC's own train alone")
     parser.add_argument("--dataset", default="voc", help="name of the prepared corpus")
+    parser.add_argument("--classes", nargs="+", default=CLASSES, metavar="NAME", help="what the classes from 1 on are called")
     parser.add_argument("--data-root", default="data", help="where the prepared corpora lie")
     parser.switch(None, "image-check", True, "look whether every photograph is there and as large as its class map")
     return parser
@@ -166,7 +151,7 @@ def get_parser():
 def main(argv=None):
     """Prepare VOC, print its counts and where they differ from the published ones."""
     args = get_parser().parse_args(argv)
-    counts = convert(args.voc, args.data_root, args.sbd, args.dataset, args.image_check)
+    counts = convert(args.voc, args.data_root, args.sbd, args.dataset, args.image_check, args.classes)
     print_counts(counts, Path(args.data_root) / args.dataset)
     for split, images in PUBLISHED.items() if args.sbd else ():
         if counts[split]["images"] != images:

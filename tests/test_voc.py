@@ -1,4 +1,4 @@
-"""VOC and SBD, in files laid out as theirs, and the published lists."""
+"""VOC and SBD, in files laid out as theirs, the published lists, and the embedded VOCShapes."""
 import json
 
 import numpy as np
@@ -8,7 +8,7 @@ from scipy.io import savemat
 
 from common import data, masks
 from common.config import UserError
-from data_prep import voc
+from data_prep import refshapes, voc, vocshapes
 
 A, B, C, D = "2007_000032", "2008_000008", "2009_000001", "2010_000002"  # VOC train, both train, SBD only, VOC val
 
@@ -51,7 +51,7 @@ def test_convert(tmp_path):
     image = train["images"][0]
     assert image["labels"] == [11] and masks.decode(image["ignore"]).sum() == 6
     made = tmp_path / "data" / "voc" / train["images"][2]["class_map"]
-    assert (np.array(Image.open(made)) == class_map(7)).all() and "ignore" not in train["images"][2]
+    assert (masks.read_class_map(made, 20) == class_map(7)).all() and "ignore" not in train["images"][2]
     dataset = data.RefDataset(tmp_path / "data" / "voc" / "train.json", None, None)
     assert (dataset.expression_mask(0) == (class_map(11) == 11)).all() and dataset.picture(2).shape == (3, 12, 16)
     first = (tmp_path / "data" / "voc" / "train.json").read_bytes()
@@ -95,3 +95,22 @@ def test_what_is_wrong_is_named(tmp_path, what, says):
     spoil(devkit, sbd, what)
     with pytest.raises(UserError, match=says):
         voc.convert(devkit, tmp_path / "data", sbd)
+
+
+def test_vocshapes_are_class_maps(tmp_path):
+    """The embedded corpus goes through VOC's files: each class covers its visible objects, up to the undecided edges."""
+    vocshapes.SCALES["tiny"] = {"train": [("pool", 0, 2)], "val": [("val", 0, 1)]}
+    vocshapes.make(tmp_path, "tiny", jobs=1)
+    train = data.RefDataset(tmp_path / "vocshapes" / "train.json", None, None)
+    scene, classes = refshapes.make_scene(0, "pool", 0), train.class_map(0)
+    assert train.class_names == list(vocshapes.CLASSES) and "donut" in train.class_names and "ring" not in train.class_names
+    assert {train.texts[e] for e in train.of_image[0]} == {vocshapes.CLASSES[c - 1] for c in np.unique(classes) if 0 < c < 255}
+    for c, kind in enumerate(refshapes.KIND_NAMES, start=1):
+        seen = np.logical_or.reduce([t.visible for t in scene["things"] if t.kind == kind] + [classes == 999])
+        assert not ((classes == c) & ~seen).any() and np.isin(classes[seen], (c, 255)).all()
+    assert 0.01 < (classes == 255).mean() < 0.2
+    before = (tmp_path / "vocshapes" / "train.json").stat().st_mtime_ns
+    vocshapes.make(tmp_path, "tiny", jobs=1)
+    assert (tmp_path / "vocshapes" / "train.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="another corpus"):
+        vocshapes.make(tmp_path, "tiny", seed=1, jobs=1)

@@ -2,9 +2,10 @@
 
 Arrays are uint8 RGB (H,W,3); masks boolean (H,W); heat maps and points are in the frame of the image they are drawn on.
 The page asks the network for nothing, works offline, and escapes every text that comes from data; its content policy
-allows one script, known by its digest. Needs numpy and PIL only.
+allows one script, known by its digest. Needs numpy, scipy and PIL only.
 """
 import base64
+import colorsys
 import contextlib
 import hashlib
 import html
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from scipy.ndimage import distance_transform_edt
 
 from common.config import UserError, write_text
 
@@ -120,6 +122,52 @@ def draw_boxes(image, boxes, labels=None, colour=PREDICTION):
     return np.array(picture)
 
 
+def distinct(count):
+    """`count` colours that are told apart with ease, the first ones best: a list of RGB 0..255."""
+    hues = [(0.02 + 0.381966 * i) % 1 for i in range(count)]  # by the golden angle, each far from those before it
+    return [tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, (0.5, 0.62, 0.4)[i // 7 % 3], 0.85))
+            for i, hue in enumerate(hues)]
+
+
+def numbered(image, masks, texts, side=900):
+    """Masks in different colours, a number on each, and below the picture what each number says.
+
+    image uint8 (H,W,3), masks (N,H,W) bool, texts (N,) -> uint8 (H',W',3). A picture whose longer side is below `side` is
+    enlarged to it. Large masks are painted first; a number stands at the mask's inmost point, an empty mask has none.
+    """
+    image = _rgb(image)
+    scale = max(1.0, side / max(image.shape[:2]))
+    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+    canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    masks = np.asarray(masks, bool).reshape(-1, *image.shape[:2])
+    large = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+    colour = distinct(len(masks))
+    for i in sorted(range(len(masks)), key=lambda i: -masks[i].sum()):
+        canvas = overlay(canvas, large[i], colour[i], 0.4)
+    font = ImageFont.load_default(max(15, round(max(size) / 45)))
+    radius, gap = round(font.size * 0.85), round(font.size * 0.5)
+    columns = max(8, round((size[0] - 3 * gap - 2 * radius) / (0.53 * font.size)))
+    lines = [textwrap.wrap(_clean(text), columns) or [""] for text in texts]
+    heights = [max(2 * radius, round(1.25 * font.size) * len(of)) + gap for of in lines]
+    sheet = Image.new("RGB", (size[0], size[1] + sum(heights) + gap * bool(len(lines))), "white")
+    sheet.paste(Image.fromarray(canvas), (0, 0))
+    draw, y = ImageDraw.Draw(sheet), size[1] + gap
+
+    def badge(x, y, i):
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour[i], "white", max(2, radius // 8))
+        draw.text((x, y), str(i + 1), "white", font, "mm", stroke_width=2, stroke_fill="black")
+
+    for i, (of, height) in enumerate(zip(lines, heights, strict=True)):
+        badge(gap + radius, y + radius, i)
+        draw.text((2 * gap + 2 * radius, y + (radius if len(of) == 1 else 0)), "\n".join(of), (20, 20, 20), font,
+                  "lm" if len(of) == 1 else None)
+        y += height
+        if masks[i].any():  # the border counts as outside, so that a number stays on the picture
+            row, column = np.unravel_index(distance_transform_edt(np.pad(masks[i], 1)).argmax(), np.add(masks[i].shape, 2))
+            badge((column - 0.5) * scale, (row - 0.5) * scale, i)
+    return np.array(sheet)
+
+
 def tile(images, captions, columns=4, side=360):
     """A contact sheet: uint8 (H_i,W_i,3) images with a caption of at most two lines under each -> uint8 (H,W,3).
 
@@ -216,6 +264,39 @@ def curve_svg(series, title, x_label, y_label, log_y=False):
             f'sans-serif;fill:var(--ink,#222);font-variant-numeric:tabular-nums">{"".join(parts + legend)}</svg>')
 
 
+def dots_svg(rows, title, x_label):
+    """Rows of measured values as inline SVG for a page of `page`: a dot for each value, a bar at their mean, and a
+    hollow diamond at a published figure.
+
+    rows: (label, values, published or None). A row without values or figure stays empty.
+    """
+    every = [value for _, values, published in rows for value in (*values, published) if _is_finite(value)]
+    low, high = _range(every, 0.08)
+    left, right, top, step = 130, 350, 26, 17
+    bottom = top + step * len(rows)
+    at = lambda x: left + (right - left) * (x - low) / (high - low)
+    dim = "fill:var(--dim,#666)"
+    parts = [_svg_text(4, 14, title, "font-weight:600;font-size:13px"), _svg_text(right, bottom + 32, x_label, dim, "end")]
+    for x in _ticks(low, high) if every else ():
+        parts.append(f'<path d="M{at(x):.1f} {top}V{bottom}" style="stroke:var(--line,#ddd)"/>'
+                     + _svg_text(at(x), bottom + 15, f"{x:,.6g}", dim, "middle"))
+    for i, (label, values, published) in enumerate(rows):
+        y = top + step * (i + 0.5)
+        parts.append(_svg_text(left - 8, y + 4, label if len(label) < 24 else label[:22] + "…", "", "end"))
+        parts += [f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="3" style="fill:var(--s0,#0b6b75);fill-opacity:.6"/>'
+                  for value in values]
+        if values:
+            parts.append(f'<path d="M{at(sum(values) / len(values)):.1f} {y - 6:.1f}v12" '
+                         'style="stroke:var(--s0,#0b6b75);stroke-width:2"/>')
+        if _is_finite(published):
+            parts.append(f'<path d="M{at(published):.1f} {y - 5:.1f}l5 5l-5 5l-5-5z" '
+                         'style="fill:none;stroke:var(--s1,#c2571a);stroke-width:1.5"/>')
+    if not every:
+        parts.append(_svg_text((left + right) / 2, (top + bottom) / 2, "not run", dim, "middle"))
+    return (f'<svg viewBox="0 0 360 {bottom + 38}" role="img" aria-label="{_h(title)}" style="font:11px system-ui,'
+            f'sans-serif;fill:var(--ink,#222);font-variant-numeric:tabular-nums">{"".join(parts)}</svg>')
+
+
 def page(title, body, script=""):
     """A whole HTML document in the house's style. title: text; body: HTML, its texts already escaped; script: code.
 
@@ -238,8 +319,8 @@ def report(path, *, title, settings, summary, curves, cases, notes=(), command="
     a row of its own, and any dict of {name: {n, mIoU, oIoU}} a table of bars.
     curves: {title: {"series": {name: [(x, y)]}, "x": label, "y": label, optional "log": bool}}.
     cases: dicts with `text` and `panels` [(caption, uint8 (H,W,3))], and optionally group (worst, middle, best, or
-    others), split, kind, iou in 0..1, I and U in pixels, sent_id, ref_id, image_id, words [(word, [weight >= 0 per
-    step])]. Equal panels are embedded once. All pictures together stay under BUDGET characters by coarser JPEG.
+    others), split, kind, iou in 0..1, CIDEr in 0..10, I and U in pixels, sent_id, ref_id, image_id, facts and references (lists
+    of text), words [(word, [weight >= 0 per step])]. Equal panels are embedded once. All pictures together stay under BUDGET characters by coarser JPEG.
     Raises UserError when the file cannot be written.
     """
     sections = {"Scores": _scores(summary), "Breakdown": _breakdown(summary), "Curves": _curves(curves),
@@ -253,26 +334,31 @@ def report(path, *, title, settings, summary, curves, cases, notes=(), command="
 
 
 MEANINGS = {"mIoU": "mean of I / U", "oIoU": "sum of I / sum of U", "REC@0.5": "boxes, IoU ≥ 0.5",
-            "control": "shuffled sentences", "pointing": "peak inside the mask"}
-COUNTS = ("n", "images", "seconds")
+            "control": "shuffled sentences", "pointing": "peak inside the mask", "CIDEr": "CIDEr-D, of at most 10",
+            "METEOR": "of at most 1", "Rb-Acc": "found again by the listener, percent",
+            "mean_references": "people's sentences an object", "no_proposal": "objects without a proposal"}
+HEAD = ("mIoU", "oIoU", "CIDEr", "METEOR", "Rb-Acc")
+COUNTS = ("n", "no_proposal", "images", "seconds")
 TITLES = {"by_kind": "kind of sentence", "by_size": "size of the object", "by_length": "length of the sentence"}
 
 
 def _scores(summary):
     """Two tables, a column per split and a row per score: the headline scores and counts, and Pr@X."""
     flat = [_flat(of_split) for of_split in summary]
-    names = list(dict.fromkeys(["mIoU", "oIoU", *(key for row in flat for key in row if key not in COUNTS), *COUNTS]))
+    names = list(dict.fromkeys([*HEAD, *(key for row in flat for key in row if key not in COUNTS), *COUNTS]))
     common = [next(iter(values)) for values in _named(summary) if len(values) == 1]
     head, precision = "", ""
     for name in names:
         if any(name in row for row in flat):
-            cells = "".join(f"<td>{_number(row.get(name), 1 if name == 'seconds' else 2)}</td>" for row in flat)
-            kind = "head" if name in ("mIoU", "oIoU") else "count" if name in COUNTS else ""
+            digits = {"seconds": 1, "CIDEr": 3, "METEOR": 3}.get(name, 2)
+            cells = "".join(f"<td>{_number(row.get(name), digits)}</td>" for row in flat)
+            kind = "head" if name in HEAD else "count" if name in COUNTS else ""
             meaning = MEANINGS.get(name.split(" ")[0], "")
             label = _h({"n": "sentences"}.get(name, name)) + (f"<small>{meaning}</small>" if meaning else "")
             row = f'<tr class="{kind}"><th scope="row">{label}</th>{cells}</tr>'
             head, precision = (head, precision + row) if name.startswith("Pr@") else (head + row, precision)
-    tables = [(" · ".join([*common, "percent"]), head),
+    unit = [] if any("CIDEr" in row for row in flat) else ["percent"]
+    tables = [(" · ".join([*common, *unit]), head),
               ("Pr@X: share of sentences with IoU ≥ X, percent", precision)]
     return _grid([_table("scores", *of, summary) for of in tables if of[1]], summary)
 
@@ -360,10 +446,13 @@ def _card(case, embed):
     """One case as an article."""
     facts = [case.get("split"), case.get("kind")]
     facts += [f"{name[:-3]} {case[name]}" for name in ("sent_id", "ref_id", "image_id") if case.get(name) is not None]
+    facts += [str(fact) for fact in case.get("facts", ())]
     facts += [f"I {_number(case['I'])} / U {_number(case['U'])} px"] if case.get("U") is not None else []
-    score, badge = case.get("iou"), ""
-    if _is_finite(score):
-        badge = f'<p class="badge"><span>IoU <b>{100 * score:.1f}</b></span>{_bar(100 * score)}</p>'
+    badge = ""
+    for name, key, most, digits in (("IoU", "iou", 1, 1), ("CIDEr", "CIDEr", 10, 2)):
+        if _is_finite(case.get(key)):
+            value = case[key] * (100 if key == "iou" else 1)
+            badge = f'<p class="badge"><span>{name} <b>{value:.{digits}f}</b></span>{_bar(100 * case[key] / most)}</p>'
     panels = [f"<figure>{embed(array, caption)}<figcaption>{_h(caption, 80)}</figcaption></figure>"
               for caption, array in case["panels"]]
     shape = case["panels"][0][1].shape if panels else (1, 1)
@@ -373,7 +462,13 @@ def _card(case, embed):
     return (f'\n<article class="case"{marks}>{badge}<p class="sentence" dir="auto">{_h(case.get("text", ""))}</p>'
             f'<p class="facts">{" · ".join(_h(fact, 60) for fact in facts if fact)}</p>'
             f'<div class="panels" style="--n:{per_row};--w:{width:.0f}px">{"".join(panels)}</div>'
-            f'{_attention(case.get("words") or [])}</article>')
+            f'{_attention(case.get("words") or [])}{_references(case.get("references") or [])}</article>')
+
+
+def _references(texts):
+    """People's sentences about the same object, as a list."""
+    items = "".join(f'<li dir="auto">{_h(text)}</li>' for text in texts[:30])
+    return items and f'<ul class="references">{items}</ul>'
 
 
 def _attention(words):
@@ -444,9 +539,12 @@ def _clean(text, limit=MAX_TEXT):
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
 
 
-def _h(text, limit=MAX_TEXT):
-    """Escaped for HTML text, quoted attributes and SVG alike."""
+def escape(text, limit=MAX_TEXT):
+    """Text of at most `limit` characters, safe in HTML, quoted attributes and SVG alike."""
     return html.escape(_clean(text, limit))
+
+
+_h = escape
 
 
 def _is_finite(value):
@@ -541,6 +639,7 @@ font-size:.8rem}.panels,.words{grid-column:1/-1}.panels{display:grid;gap:.5rem;m
 grid-template-columns:repeat(var(--n),minmax(0,var(--w)))}figure{margin:0}
 img{display:block;width:100%;height:auto;border-radius:3px;background:var(--line)}
 figcaption{color:var(--dim);font-size:.8rem;line-height:1.35;padding-top:.15rem}
+.references{grid-column:1/-1;margin:.5rem 0 0;padding-left:1.1rem;color:var(--dim)}
 .words p{margin:.35rem 0 0}.words span{display:inline-block;padding:0 .35rem;border-radius:3px;text-align:center;
 background:rgb(var(--wash)/calc(var(--a)*.5))}
 .words span small{display:block;font-size:.7rem;line-height:1.2;color:inherit;opacity:.8}

@@ -11,6 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 TINY = ["--yaml", "yaml/lts_refshapes.yaml", "--size", "32", "--dim", "16", "--text-dim", "16", "--aspp-dim", "8",
         "--batch-size", "4", "--workers", "0", "--eval-splits", "val", "--amp", "off"]
+TINY_SCALE = {"train": 16, "val": 6, "testA": 4, "testB": 4, "pool": 2}  # scenes of each split
 
 
 def pytest_addoption(parser):
@@ -37,7 +38,7 @@ def one_thread():
 def shapes(tmp_path_factory):
     """A data root with a RefShapes of a few scenes, written and converted as the real one is."""
     from data_prep import refshapes
-    refshapes.SCALES["tiny"] = {"train": 16, "val": 6, "testA": 4, "testB": 4, "pool": 2}
+    refshapes.SCALES["tiny"] = TINY_SCALE
     root = tmp_path_factory.mktemp("data")
     refshapes.make(root, scale="tiny", jobs=1)
     return root

@@ -1,0 +1,156 @@
+"""The scripts in processes of their own that can be killed, forked from one that has imported them: no run waits for imports.
+
+`start` runs a program as its user does, with the exit status and the output that he would see. A `Moment` hurts the process
+from within when it calls a function for the n-th time, so that no test waits for a clock.
+"""
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.config import run
+from data_prep import refshapes
+from tests.conftest import REPOSITORY, TINY, TINY_SCALE
+from tests.test_pks import TINY as PKS
+from tests.test_seqtr_partial import CHAIN
+from tests.test_tseg import TINY as TSEG
+
+TWO_EPOCHS = ["--epochs", "2", "--save-every", "1", "--log-every", "1", "--eval-every", "1"]
+SCRIPTS = {  # what makes each script small enough for a test: two epochs, or a chain of stages
+    "train_lts": [*TINY, *TWO_EPOCHS],
+    "train_pks": [*PKS, *TWO_EPOCHS],
+    "train_tseg": [*TSEG, *TWO_EPOCHS],
+    "train_seqtr_partial": CHAIN,
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__, "eval", *SCRIPTS])
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The `count`-th call of `target` ("module:name.name"), before which the process is sent `number`."""
+    target: str
+    count: int
+    number: int = signal.SIGKILL
+
+    def arm(self):
+        """Called in the child before the program starts."""
+        calls = itertools.count(1)
+        _wrap(self.target, lambda: next(calls) == self.count and os.kill(os.getpid(), self.number))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts the calls of each of `targets` into a json file."""
+    targets: tuple
+    path: str
+
+    def arm(self):
+        """As Moment's."""
+        counts = dict.fromkeys(self.targets, 0)
+        dump = open  # `open` is no target; the file is small and written anew at every call
+        for target in self.targets:
+            def called(target=target):
+                counts[target] += 1
+                with dump(self.path, "w") as file:
+                    json.dump(counts, file)
+            _wrap(target, called)
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """No file may grow beyond so many bytes."""
+    size: int
+
+    def arm(self):
+        """As Moment's."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+def _wrap(target, before):
+    """Have `before()` called in front of every call of `target`."""
+    module, path = target.split(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real = getattr(owner, name)
+
+    def wrapped(*args, **options):
+        before()
+        return real(*args, **options)
+    setattr(owner, name, wrapped)
+
+
+class Running:
+    """A program under way in one process for each rank."""
+
+    def __init__(self, processes, log):
+        self.processes, self.log = processes, log
+
+    def wait(self, timeout=120):
+        """The exit status of every rank, as a list; all of them are ended when one does not come to an end in time."""
+        for process in self.processes:
+            process.join(timeout)
+        late = [process for process in self.processes if process.exitcode is None]
+        for process in late:
+            process.kill()
+            process.join()
+        assert not late, f"hangs: {self.said}"
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def said(self):
+        """Everything printed so far."""
+        return "".join(Path(f"{self.log}{rank}").read_text() for rank in range(len(self.processes))
+                       if Path(f"{self.log}{rank}").exists())
+
+
+def start(program, argv, log, ranks=1, hurt=None, hurt_rank=0):
+    """Run `python program.py argv…` in the repository, on `ranks` processes; what they print goes to the files `log`0, ….
+
+    hurt: a Moment, Tally or SmallDisk for rank `hurt_rank`. Returns Running.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = CONTEXT.Process(target=_child, args=(
+            program, [str(word) for word in argv], f"{log}{rank}",
+            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if rank == hurt_rank else None))
+        process.start()
+        processes.append(process)
+    return Running(processes, log)
+
+
+def finish(program, argv, log, ranks=1, hurt=None, status=0):
+    """`start`, and wait; every rank must end with `status`. Returns what was printed."""
+    running = start(program, argv, log, ranks, hurt)
+    codes = running.wait()
+    assert codes == [status] * ranks, (codes, running.said)
+    return running.said
+
+
+def _child(program, argv, log, environment, hurt):
+    torch.set_num_threads(1)
+    os.chdir(REPOSITORY)
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1), os.dup2(output, 2)
+    refshapes.SCALES["tiny"] = TINY_SCALE
+    refshapes.make.__defaults__ = ("tiny", 0, 1)  # what a script makes where no corpus is yet
+    sys.argv = [f"{program}.py", *argv]
+    if hurt:
+        hurt.arm()
+    run(importlib.import_module(program).main)

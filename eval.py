@@ -4,11 +4,17 @@
     python eval.py --run runs/train_lts/refcoco/base_s0 --split val testA testB --report
     python eval.py --run RUN --dataset refcoco+ --split val           on another prepared corpus
     python eval.py --run RUN --image photo.jpg --text "the red bus on the left" --out out.png
+    python eval.py --run RUN --split testA testB --task reg --refs merged     sentences for objects (REG), of a method that describes
+    python eval.py --run RUN --image photo.jpg --describe             everything found, each told from the others
+    python eval.py --run RUN --split testA --task reg --human-study 100       a page that two people click through, then
+    python eval.py --score-study clicks_A.json clicks_B.json
     torchrun --nproc_per_node 4 -- eval.py --run RUN --split val      the same scores, sooner (mind the lone --)
 
 Scores are taken in the original frame over every sentence (common/metrics.py defines them) and written to
-<run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it. The checkpoint names the
-script that made it; any train_*.py in this folder serves, so a copied script needs no registration here.
+<run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it; those of REG (common/reg.py) to
+…_reg.json, with one line per object. The checkpoint names the script that made it; any train_*.py in this folder
+serves, so a copied script needs no registration here. Of a run with stages the last one is scored, or that which the
+script's STAGE_OF_TASK names.
 """
 import importlib
 import json
@@ -21,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import checkpoint, data, distributed, metrics, pictures, runlog
+from common import checkpoint, classmaps, data, distributed, metrics, pictures, reg, runlog, study
 from common.config import REPOSITORY, Parser, UserError, parse, run, write_text
 from common.crf import PRESETS, dense_crf
 from common.text import words
@@ -38,7 +44,8 @@ def get_parser(script=None):
     add("--dataset", default="", help="another prepared corpus than the one trained on")
     add("--data-root", default="", help="where the prepared corpora lie; empty: as in training")
     add("--split", nargs="+", default=["val"], help="splits of the corpus")
-    add("--task", choices=("res", "rec"), default="res", help="the headline of the output: masks, or boxes around them")
+    add("--task", choices=("res", "rec", "reg"), default="res", help="masks, or boxes around them as the headline of the output; "
+        "reg: sentences for objects")
     add("--limit", type=int, default=0, help="only the first images of the split (named in the file)")
     how = parser.add_argument_group("how")
     add = how.add_argument
@@ -51,13 +58,29 @@ def get_parser(script=None):
     add("--workers", type=int, default=2, help="loader processes a rank")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="automatic mixed precision")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    describe = parser.add_argument_group("describing (--task reg, --describe)")
+    add = describe.add_argument
+    add("--refs", choices=("own", "merged"), default="own", help="score against the corpus' own sentences, or RefCOCO's and RefCOCO+'s "
+        "of the same object together")
+    add("--beams", type=int, default=0, help="width of the beam search; 0: the method's own")
+    add("--max-length", type=int, default=0, help="longest sentence in tokens; 0: the method's own")
+    add("--listener", default="", help="checkpoint whose model checks the sentences (Rb-Acc); empty: the run's own, if there is one")
+    add("--min-score", type=float, default=0.5, help="--describe: the instances found with at least this score")
+    classmaps.add_flags(parser)
     out = parser.add_argument_group("what to write")
     parser.switch(out, "report", False, "write report.html with scores, curves and pictures of cases")
     parser.switch(out, "save-masks", False, "write every predicted mask as <run>/eval/<dataset>_<split>_masks/<sent_id>.png")
-    add = parser.add_argument_group("a picture of your own").add_argument
+    out.add_argument("--human-study", type=int, default=0, metavar="N", help="--task reg: a page that shows N pictures with their "
+        "sentences and takes clicks")
+    own = parser.add_argument_group("a picture of your own")
+    add = own.add_argument
     add("--image", default="", help="any picture")
     add("--text", nargs="+", default=[], help="one sentence or several")
+    parser.switch(own, "describe", False, "instead of --text: say of everything found how to tell it from the rest")
     add("--out", default="prediction.png", help="the picture with the mask on it")
+    add = parser.add_argument_group("two people's clicks").add_argument
+    add("--score-study", nargs=2, default=None, metavar="FILE", help="the files that a --human-study page saved; needs the corpus "
+        "below --data-root and no run")
     if script is not None and hasattr(script, "eval_flags"):
         script.eval_flags(parser)
     return parser
@@ -69,18 +92,33 @@ def find_checkpoint(args, say):
     """The checkpoint to score; `say` prints which run was found. Raises UserError where there is none."""
     if args.checkpoint:
         return Path(args.checkpoint)
-    if args.run:
-        path = Path(args.run) / "best.pt"
-        stages = sorted(Path(args.run).glob("*/best.pt"), key=lambda stage: stage.stat().st_mtime)
-        if not path.is_file() and not stages:
-            raise UserError(f"{path} does not exist; is {args.run} the folder of a run that has been evaluated once?")
-        return path if path.is_file() else stages[-1]  # a run with stages: the last one
-    found = sorted(Path("runs").glob("**/best.pt"), key=lambda path: path.stat().st_mtime)
+    folder = Path(args.run or "runs")
+    if args.run and (folder / "best.pt").is_file():
+        return folder / "best.pt"
+    found = sorted(folder.glob("*/best.pt" if args.run else "**/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found and args.run:
+        raise UserError(f"{folder / 'best.pt'} does not exist; is {folder} the folder of a run that has been evaluated once?")
     if not found:
         raise UserError("there is no run below runs/ yet; train one, or name it with --run.")
+    path = of_stage(found[-1], args.task if not args.describe else "reg")
     if say:
-        print(f"newest run: {found[-1].parent}")
-    return found[-1]
+        print(f"{'stage' if args.run else 'newest run'}: {path.parent}")
+    return path
+
+
+def of_stage(newest, task):
+    """In a run with stages the best.pt that answers `task`, by its script's STAGE_OF_TASK {task: stages, the best first}; else
+    `newest`, the one written last. Raises UserError where none of those stages is there yet.
+    """
+    stages = getattr(load_script(checkpoint.load(newest)["script"]), "STAGE_OF_TASK", {}).get(task)
+    if stages is None:
+        return newest
+    run_folder = newest.parent.parent
+    path = next((run_folder / stage / "best.pt" for stage in stages if (run_folder / stage / "best.pt").is_file()), None)
+    if path is None:
+        raise UserError(f"{run_folder} has no stage {' or '.join(stages)} yet, which --task {task} is scored with; train it, or name "
+                        "a --checkpoint.")
+    return path
 
 
 def load_script(name):
@@ -90,33 +128,62 @@ def load_script(name):
     return importlib.import_module(name)
 
 
+def read_checkpoint(path):
+    """(state, script, its settings) of a checkpoint. Raises UserError where it is none."""
+    state = checkpoint.load(path)
+    script = load_script(state["script"])
+    missing = [key for key in ("args", "vocabulary", "model") if key not in state]
+    if missing or not isinstance(state["args"], dict):
+        raise UserError(f"{path} lacks {', '.join(missing) or 'its settings'}; it is no checkpoint of {state['script']}.py.")
+    settings = script.get_parser().parse_args([])
+    unknown = sorted(set(state["args"]) - set(vars(settings)))
+    if unknown:
+        raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
+    vars(settings).update(state["args"])
+    return state, script, settings
+
+
+def build(path, state, script, settings, device):
+    """(model on `device`, vocabulary) of a checkpoint that `read_checkpoint` read."""
+    vocabulary = script.make_vocabulary(state["vocabulary"])
+    model = script.build_model(settings, vocabulary)
+    checkpoint.load_model(model, state, path)
+    return model.to(device).eval(), vocabulary
+
+
 def load_run(path, device, argv):
     """(script, args, its settings, model on `device`, vocabulary, state) of a checkpoint.
 
     A flag that the script adds by `eval_flags` and that is a setting of it, too, overrides the run's. What was asked of
     those flags stands in `args.added`, {name: value}.
     """
-    state = checkpoint.load(path)
-    script = load_script(state["script"])
-    parser = script.get_parser()
-    missing = [key for key in ("args", "vocabulary", "model") if key not in state]
-    if missing or not isinstance(state["args"], dict):
-        raise UserError(f"{path} lacks {', '.join(missing) or 'its settings'}; it is no checkpoint of {state['script']}.py.")
-    settings = parser.parse_args([])
-    unknown = sorted(set(state["args"]) - set(vars(settings)))
-    if unknown:
-        raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
-    vars(settings).update(state["args"])
+    state, script, settings = read_checkpoint(path)
     args = parse(get_parser(script), argv)
     if args.crf and args.threshold is None:
         args.threshold = 0.5
     own = vars(get_parser().parse_args([]))
     args.added = {key: value for key, value in vars(args).items() if key not in own and value not in (None, False)}
     vars(settings).update({key: value for key, value in args.added.items() if key in vars(settings)})
-    vocabulary = script.make_vocabulary(state["vocabulary"])
-    model = script.build_model(settings, vocabulary)
-    checkpoint.load_model(model, state, path)
-    return script, args, settings, model.to(device).eval(), vocabulary, state
+    return script, args, settings, *build(path, state, script, settings, device), state
+
+
+def load_listener(args, path, script, settings, vocabulary, device, say):
+    """(model, encode) that checks sentences, or None where the run has none (said aloud). Raises UserError where it does not fit."""
+    stages = getattr(script, "STAGE_OF_TASK", {}).get("listener", ())
+    found = [path.parent.parent / stage / "best.pt" for stage in stages]
+    file = Path(args.listener) if args.listener else next((file for file in found if file.is_file()), None)
+    if file is None:
+        if say:
+            print("Rb-Acc is left out: the run has no listener " + (f"({found[0]})" if found else "") + "; name one with --listener.")
+        return None
+    args.listener = str(file)
+    state, other, its_settings = read_checkpoint(file)
+    model, its_vocabulary = build(file, state, other, its_settings, device)
+    reg.require(model, ("locate", "select"), f"{other.__name__}.py")
+    encode, canvas = other.frontend(its_settings, its_vocabulary)
+    if canvas != script.frontend(settings, vocabulary)[1]:
+        raise UserError(f"the listener {file} looks at pictures of another size than {path}; take one of the same size.")
+    return model, encode
 
 
 # ---- splits -------------------------------------------------------------------------------------------------
@@ -124,28 +191,102 @@ def load_run(path, device, argv):
 def score_split(args, ranks, path, split, script, settings, model, vocabulary, state):
     """Evaluate one split, write its json and jsonl, and return (summary, rows, dataset)."""
     root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
-    data.require(root, name, [split], script.EMBEDDED_YAML)
+    if not data.require(root, name, [split], script.EMBEDDED_YAML):
+        if ranks.main:
+            data.make_embedded(root, name)
+        distributed.barrier(ranks)
     targets = script.eval_targets(args, settings) if hasattr(script, "eval_targets") else None
     dataset = data.RefDataset(data.split_path(root, name, split), *script.frontend(settings, vocabulary), targets)
+    if any(dataset.class_maps):
+        return score_class_maps(args, ranks, path, settings, model, state, dataset)
+    if classmaps.changed(args):
+        raise UserError(f"--{next(iter(classmaps.changed(args))).replace('_', '-')} is for corpora with class maps; {name} has none.")
     if args.shuffle_expressions:
         dataset = metrics.shuffled(dataset)
     suffix = "".join([f"_{args.protocol}" if args.protocol != "original" else "",
                       "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
                       *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
                         for key, value in args.added.items()), f"_first{args.limit}" if args.limit else ""])
-    base = path.parent / "eval" / f"{name}_{split}{suffix}"
+    base = result_file(path, name, split, suffix)
     writer = mask_writer(dataset, base.with_name(base.name + "_masks")) if args.save_masks else None
     refine = partial(refine_by_crf, preset=args.crf) if args.crf else None
     rows, seconds = metrics.evaluate(model, dataset, ranks, args.batch_size, args.workers, args.amp, args.threshold,
                                      args.protocol, args.limit, refine, on_batch=writer)
     used = {key: getattr(args, key) for key in ("protocol", "threshold", "crf", "limit", "shuffle_expressions", "amp")}
     summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | args.added | {"step": state["step"]})
+    write_results(ranks, base, settings, summary, rows)
+    return summary, rows, dataset
+
+
+def search_options(args):
+    """What was asked of the beam search; the rest is the method's own."""
+    return {key: value for key, value in (("beams", args.beams), ("max_length", args.max_length)) if value}
+
+
+def result_file(path, dataset, split, suffix):
+    """The results' place without its ending."""
+    return path.parent / "eval" / f"{dataset}_{split}{suffix}"
+
+
+def write_results(ranks, base, settings, summary, rows):
+    """The json and the jsonl of a split, with the warning that leaky weights ask for."""
     if getattr(settings, "leaky_init", False):
         summary["warning"] = "the backbone's weights were trained on images of the validation and test splits"
     if ranks.main:
-        write_text(base.with_suffix(".json"), json.dumps(summary, indent=1))
-        write_text(base.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(base.parent / f"{base.name}.json", json.dumps(summary, indent=1))
+        write_text(base.parent / f"{base.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def describe_split(listener, args, ranks, path, split, script, settings, model, vocabulary, state):
+    """Describe the objects of one split and score the sentences; as `score_split`, and the page of --human-study."""
+    root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
+    names = [name] + ([reg.partner(name)] if args.refs == "merged" else [])
+    for of_corpus in names:
+        data.require(root, of_corpus, [split], script.EMBEDDED_YAML)
+    dataset, *merged = (data.RefDataset(data.split_path(root, of_corpus, split), *script.frontend(settings, vocabulary))
+                        for of_corpus in names)
+    options = search_options(args)
+    rows, seconds = reg.evaluate(model, dataset, vocabulary.decode, ranks, args.batch_size, args.workers, args.amp, listener,
+                                 args.limit, **options)
+    used = {"refs": args.refs, "limit": args.limit, "amp": args.amp, "listener": args.listener} | options | args.added
+    summary = reg.summarise(rows, dataset, reg.references(dataset, *merged), seconds, path, used | {"step": state["step"]},
+                            meteor=ranks.main) | {"refs": args.refs}
+    suffix = "".join(["_reg", "_merged" if args.refs == "merged" else "",
+                      *(f"_{key.replace('_', '-')}-{value}" for key, value in (options | args.added).items()),
+                      f"_first{args.limit}" if args.limit else ""])
+    base = result_file(path, name, split, suffix)
+    write_results(ranks, base, settings, summary, rows)
+    if args.human_study and ranks.main:
+        chosen = study.draw(rows, args.human_study)
+        page = base.with_name(f"{base.name}_study.html")
+        study.write_page(page, chosen, dataset, path)
+        print(f"study of {len(chosen)} sentences: {page}")
     return summary, rows, dataset
+
+
+def score_class_maps(args, ranks, path, settings, model, state, dataset):
+    """`score_split` of a corpus with class maps: every class is asked for by name (common/classmaps.py)."""
+    for flag, given in (("protocol", args.protocol != "original"), ("task", args.task != "res"),
+                        ("shuffle-expressions", args.shuffle_expressions)):
+        if given:
+            raise UserError(f"--{flag} is for sentences, and {dataset.name} is scored by class maps; leave it out.")
+    flags = classmaps.changed(args)
+    scorer = classmaps.ClassMaps(model, dataset, classmaps.load_names(args.names, dataset.class_names),
+                                 classmaps.views(dataset, args.scales, args.flip_test), args.score_threshold, args.threshold,
+                                 args.crf, args.amp)
+    short = flags | {key: of for key, of in (("names", Path(args.names).stem), ("scales", "x".join(f"{x:g}" for x in args.scales)))
+                     if key in flags}
+    base = result_file(path, dataset.name, dataset.split, "".join([
+        f"_crf-{args.crf}" if args.crf else "", *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
+                                                  for key, value in (args.added | short).items()),
+        f"_first{args.limit}" if args.limit else ""]))
+    folder = base.with_name(base.name + "_masks")
+    save = lambda image, of: classmaps.save(folder / f"{dataset.image_ids[image]}.png", of)  # noqa: E731
+    rows, seconds = scorer.evaluate(ranks, args.workers, args.limit, save if args.save_masks else None)
+    used = {key: getattr(args, key) for key in ("threshold", "crf", "limit", "amp", *classmaps.DEFAULTS)}
+    summary = scorer.summarise(rows, seconds, path, used | args.added | {"step": state["step"]})
+    write_results(ranks, base, settings, summary, rows)
+    return summary, rows, scorer
 
 
 def refine_by_crf(picture, prob, preset):
@@ -168,16 +309,24 @@ def print_table(summaries):
     """One line a split: the headline scores with their full names."""
     columns = ["n", "mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "REC@0.5"]
     columns = ["n", "REC@0.5"] + columns[1:-1] if summaries[0]["task"] == "rec" else columns
+    digits = 2
+    if summaries[0]["task"] == "reg":
+        columns, digits = ["n", "CIDEr", "METEOR", "Rb-Acc", "refs"], 3
+        summaries = [summary | {"refs": summary["mean_references"]} for summary in summaries]
+    if summaries[0]["task"] == "classes":
+        columns = ["n", "mIoU", "oIoU"]
     print(f"{'':24}" + "".join(f"{column:>9}" for column in columns))
     for summary in summaries:
         cells = [summary[column] for column in columns]
         print(f"{summary['dataset'] + ' ' + summary['split']:24}"
-              + "".join(f"{'-' if cell is None else cell if isinstance(cell, int) else f'{cell:.2f}':>9}" for cell in cells))
+              + "".join(f"{'-' if cell is None else cell if isinstance(cell, int) else f'{cell:.{digits}f}':>9}" for cell in cells))
         for title in ("by_kind", "pointing"):
             if summary.get(title):
                 parts = [f"{name} {value['mIoU'] if isinstance(value, dict) else value:.2f}"
                          for name, value in summary[title].items()]
                 print(f"{'':24}  {'mIoU by kind' if title == 'by_kind' else 'pointing'}: {', '.join(parts)}")
+        if "classes" in summary:
+            print(" " * 26 + ", ".join(f"{name} {'-' if iou is None else f'{iou:.1f}'}" for name, iou in summary["classes"].items()))
         if "warning" in summary:
             print(f"  warning: {summary['warning']}")
 
@@ -186,10 +335,13 @@ def print_table(summaries):
 
 def write_report(args, path, script, settings, model, device, scored):
     """report.html of the run: scores, curves, and the worst, middle and best cases of every split just scored."""
-    cases = []
+    cases, reg_ = [], args.task == "reg"
     for summary, rows, dataset in scored:
-        chosen = choose_cases(rows)
-        cases += render_cases(script, settings, model, device, dataset, chosen, args.threshold)
+        if reg_:
+            cases += reg.cases(dataset, choose_cases(rows, lambda row: row["CIDEr"]))
+        else:
+            chosen = choose_cases(rows, lambda row: metrics.iou(np.int64(row["I"]), np.int64(row["U"])))
+            cases += dataset.cases(chosen) if summary["task"] == "classes" else render_cases(script, settings, model, device, dataset, chosen, args.threshold)
     records = runlog.read_log(path.parent)
     losses = [name for name in (records[0] if records else {}) if name not in
               ("step", "epoch", "seconds", "lr", "grad", "GB")]
@@ -198,22 +350,24 @@ def write_report(args, path, script, settings, model, device, scored):
             name: [(r["step"], r[name]) for r in records if name in r] for name in losses}},
         "Validation": {"x": "step", "y": "percent", "series": {
             name: [(r["step"], r[f"val_{name}"]) for r in records if f"val_{name}" in r] for name in ("mIoU", "oIoU")}},
+        "Validation, sentences": {"x": "step", "y": "CIDEr-D", "series": {
+            "CIDEr": [(r["step"], r["val_CIDEr"]) for r in records if "val_CIDEr" in r]}},
         "Learning rate": {"x": "step", "y": "lr", "series": {"lr": [(r["step"], r["lr"]) for r in records if "lr" in r]}},
     }
     curves = {title: curve for title, curve in curves.items() if any(curve["series"].values())}
     environment = path.parent / "env.txt"
     made = environment.read_text(encoding="utf-8") if environment.is_file() else ""
     warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}
-    target = path.parent / "report.html"
+    target = path.parent / ("report_reg.html" if reg_ else "report.html")
     pictures.report(target, title=f"{script.__name__}: {path.parent.name} on {settings.dataset}", settings=vars(settings),
                     summary=[summary for summary, _, _ in scored], curves=curves, cases=cases, notes=sorted(warnings),
                     command=made)
     print(f"report: {target}")
 
 
-def choose_cases(rows):
-    """{group: rows}: the CASES lowest, the CASES round the median and the CASES highest by IoU, without overlap."""
-    order = sorted(rows, key=lambda row: (metrics.iou(np.int64(row["I"]), np.int64(row["U"])), row["index"]))
+def choose_cases(rows, value):
+    """{group: rows}: the CASES lowest, the CASES round the median and the CASES highest by value(row), without overlap."""
+    order = sorted(rows, key=lambda row: (value(row), row["index"]))
     size = min(CASES, len(order) // 3 or 1)
     middle = (len(order) - size) // 2
     groups = {"worst": order[:size], "middle": order[middle:middle + size], "best": order[-size:][::-1]}
@@ -269,10 +423,10 @@ def panels_of(picture, frame, output, n, threshold):
 # ---- a picture of one's own ---------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def describe_picture(args, script, settings, model, vocabulary, device):
+def segment_picture(args, script, settings, model, vocabulary, device):
     """Segment what each sentence of --text means in --image, print where it is and write the overlays to --out."""
     if not args.text:
-        raise UserError("--image needs --text, the sentence to look for.")
+        raise UserError("--image needs --text, the sentence to look for, or --describe.")
     encode, canvas = script.frontend(settings, vocabulary)
     picture = data.load_image(args.image)
     frame = canvas.frame(picture.shape[2], picture.shape[1])
@@ -298,21 +452,63 @@ def describe_picture(args, script, settings, model, vocabulary, device):
     print(f"picture: {args.out}")
 
 
+def describe_picture(args, script, settings, model, vocabulary, device):
+    """Say of every instance found in --image how to tell it from the others; print the sentences, draw them to --out."""
+    reg.require(model, ("propose", "describe"), f"{script.__name__}.py")
+    _, canvas = script.frontend(settings, vocabulary)
+    picture = data.load_image(args.image)
+    frame = canvas.frame(picture.shape[2], picture.shape[1])
+    image_in = frame.image_in(picture, canvas.fill)[None].to(device)
+    sentences, scores, masks = reg.describe_found(model, image_in, frame, vocabulary.decode, args.min_score, **search_options(args))
+    for n, (sentence, score, mask) in enumerate(zip(sentences, scores, masks), start=1):
+        print(f"{n:>3}  {sentence}  (score {score:.2f}, {100 * mask.mean():.1f} % of the picture)")
+    if not sentences:
+        print(f"nothing found with a score of {args.min_score:g} or more; a lower --min-score finds more")
+    pictures.save(args.out, pictures.numbered(picture.permute(1, 2, 0).numpy(), masks, sentences))
+    print(f"picture: {args.out}")
+
+
 # ---- main ---------------------------------------------------------------------------------------------------
+
+def refuse_mixtures(args):
+    """Raise UserError for flags that the asked task would not heed, or negative numbers."""
+    masks = {"--protocol": args.protocol != "original", "--threshold": args.threshold is not None, "--crf": args.crf,
+             "--shuffle-expressions": args.shuffle_expressions, "--save-masks": args.save_masks}
+    scores = {"--refs": args.refs != "own", "--listener": args.listener, "--human-study": args.human_study}
+    search = {"--beams": args.beams, "--max-length": args.max_length}
+    task = "--describe" if args.describe else f"--task {args.task}"
+    unheeded = {"--describe": masks | scores | {"--text": args.text}, "--task reg": masks | {"--image": args.image}}
+    given = [flag for flag, value in unheeded.get(task, scores | search).items() if value]
+    if given:
+        raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")
+    if args.describe and not args.image:
+        raise UserError("--describe needs --image, the picture to describe.")
+    if min(args.beams, args.max_length, args.human_study) < 0:
+        raise UserError("--beams, --max-length and --human-study are numbers from 0 on.")
+
 
 def main(argv=None, ranks=None):
     """Score, or answer about --image. A training script passes its own `ranks` when it calls this at its end."""
     argv = sys.argv[1:] if argv is None else list(argv)
     known, _ = get_parser().parse_known_args(argv)
+    if known.score_study:
+        print(study.scored(*known.score_study, known.data_root or "data"))
+        return
+    refuse_mixtures(known)
     started_here = ranks is None
     ranks = ranks or distributed.start(known.device)
     try:
         path = find_checkpoint(known, ranks.main)
         script, args, settings, model, vocabulary, state = load_run(path, ranks.device, argv)
         if args.image:
-            return describe_picture(args, script, settings, model, vocabulary, ranks.device)
-        scored = [score_split(args, ranks, path, split, script, settings, model, vocabulary, state)
-                  for split in args.split]
+            of_picture = describe_picture if args.describe else segment_picture
+            return of_picture(args, script, settings, model, vocabulary, ranks.device)
+        score = score_split
+        if args.task == "reg":
+            reg.require(model, ("locate", "describe"), f"{script.__name__}.py")
+            listener = load_listener(args, path, script, settings, vocabulary, ranks.device, ranks.main)
+            score = partial(describe_split, listener)
+        scored = [score(args, ranks, path, split, script, settings, model, vocabulary, state) for split in args.split]
         if ranks.main:
             print_table([summary for summary, _, _ in scored])
             if args.report:

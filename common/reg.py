@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import captions, data, distributed, metrics
+from common import captions, data, distributed, metrics, pictures
 from common.config import UserError
 
 
@@ -127,6 +127,19 @@ def refer_back(listener, encode, batch, sentences):
     return (listener.select(features, batch.image_of, text).argmax(1) == k) & ~empty
 
 
+@torch.inference_mode()
+def describe_found(model, image_in, frame, decode, min_score, **options):
+    """Sentences for what a method finds in one picture: image_in (1,3,H,W) on the canvas, frame its Frame.
+
+    Returns ([sentence], [score], masks (P,H,W) bool in the picture's own frame).
+    """
+    features = model.encode_image(image_in)
+    k, scores, prob = model.propose(features, min_score)[0]
+    sentences, _ = describe(model, features, torch.zeros_like(k), k, decode, **options)
+    masks = frame.prob_img(prob.float()) >= 0.5 if len(k) else torch.zeros(0, frame.height, frame.width, dtype=torch.bool)
+    return sentences, scores.tolist(), masks.cpu().numpy()
+
+
 # ---- scores -------------------------------------------------------------------------------------------------
 
 def references(dataset, merged_with=None):
@@ -175,3 +188,18 @@ def summarise(rows, dataset, references, seconds=0.0, checkpoint="", settings=No
             "mean_references": mean([len(row["references"]) for row in rows]), "no_proposal": sum(row["k"] < 0 for row in rows),
             "images": len({row["image_id"] for row in rows}), "seconds": round(seconds, 2), "checkpoint": str(checkpoint),
             "settings": settings or {}}
+
+
+def cases(dataset, chosen):
+    """Case dictionaries for `pictures.report` of chosen rows {group: rows}: the object, its sentence, and people's own."""
+    heard = {None: [], True: ["the listener found it"], False: ["the listener was misled"]}
+    return [{"group": group, "split": dataset.split, "text": row["sentence"] or "(no proposal, no sentence)",
+             "facts": heard[row["referred_back"]], "panels": [("the object", outlined(dataset, row["index"]))],
+             **{key: row[key] for key in ("CIDEr", "references", "ref_id", "image_id")}}
+            for group, rows in chosen.items() for row in rows]
+
+
+def outlined(dataset, e):
+    """The picture of expression e with its object outlined, uint8 (H,W,3)."""
+    picture = dataset.picture(int(dataset.expression_image[e])).permute(1, 2, 0).numpy()
+    return pictures.overlay(picture, dataset.expression_mask(e), pictures.TRUTH)

@@ -125,6 +125,15 @@ def score(first, second, data_root):
             "first": percent([row["hits"][0] for row in rows]), "second": percent([row["hits"][1] for row in rows]), "rows": rows}
 
 
+def scored(first, second, data_root):
+    """`score`, written beside the first file; returns what to print."""
+    result = score(first, second, data_root)
+    out = Path(first).with_name(f"study_{result['dataset']}_{result['split']}_{result['study']}.json")
+    write_text(out, json.dumps(result, indent=1))
+    return (f"{result['dataset']} {result['split']}: {result['both']:.1f} % of {result['n']} sentences led both people to the object "
+            f"({result['first']:.1f} % the first, {result['second']:.1f} % the second)\nwritten to {out}")
+
+
 # ---- the page -----------------------------------------------------------------------------------------------
 
 STYLE = """

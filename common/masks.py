@@ -234,7 +234,7 @@ def read_class_map(path, count):
     try:
         with Image.open(path) as picture:
             if picture.mode not in ("P", "L"):
-                raise UserError(f"{path}: a picture of mode {picture.mode} is no class map; VOC's SegmentationClass holds palettes")
+                raise UserError(f"{path}: a picture of mode {picture.mode} is no class map; VOC's are palettes")
             check_size(picture.height, picture.width)
             return check_classes(np.array(picture), count, path)
     except FileNotFoundError:

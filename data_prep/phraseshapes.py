@@ -94,7 +94,8 @@ def make_once(data_root, name, made, write, convert):
         with refshapes.locked(raw.with_name(f"{name}.lock")):
             if marker.is_file():
                 if marker.read_text(encoding="utf-8") != made:
-                    raise UserError(f"{folder} holds another corpus than asked for ({made}): remove it or choose another --data-root.")
+                    raise UserError(f"{folder} holds another corpus than asked for ({made}): remove it or choose another "
+                                    "--data-root.")
                 return
             shutil.rmtree(raw, ignore_errors=True)
             write(part)

@@ -52,7 +52,8 @@ def write_raw(folder, scale, seed, jobs):
         (folder / part).mkdir(parents=True)
     drawn = draw_all(partial(draw, seed, str(folder)), SCALES[scale], jobs, "drawing VOCShapes")
     for split in SCALES[scale]:
-        write_text(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{name}\n" for name, of in drawn if of == split))
+        names = "".join(f"{name}\n" for name, of in drawn if of == split)
+        write_text(folder / "ImageSets" / "Segmentation" / f"{split}.txt", names)
 
 
 def make(data_root, scale="default", seed=0, jobs=2):

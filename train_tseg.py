@@ -10,7 +10,8 @@ the expressions of the other images of the batch. Multi-label patch assignment (
     python train_tseg.py --full                                  learns from masks, Eq. 9 (yaml/tseg_full.yaml on top)
     python train_tseg.py --pretrain boxes --name boxes           Table 2e, first on RefCOCO's boxes, and then
     python train_tseg.py --dataset phrasecut --init runs/train_tseg/refcoco/boxes_s0/best.pt
-    python train_tseg.py --dataset voc --batch-size 16 --max-steps 16000      Table 1, class names as expressions
+    python train_tseg.py --yaml yaml/tseg.yaml yaml/tseg_voc.yaml --pooling spa      Table 1, class names as expressions
+    python eval.py --run RUN --dataset voc --names yaml/voc_names.yaml               Sec. 4.6, zero-shot
 
 Where the paper is silent
   size          ViT-S/16 at 384 and BERT-Small without their heads have 50.3 M parameters, with both projections 51.2 M;
@@ -22,6 +23,8 @@ Where the paper is silent
   labels        a text is in an image if any of the image's expressions in the corpus is that string, drawn or not; case
                 and spaces do not count. Each string of the batch counts once, in Eq. 5, too. tf-idf: the greatest cosine
                 between the text and the image's drawn expressions, a label between 0 and 1.
+  classes       `--texts classes` compares an image with all of the corpus' class names, of which it has some and lacks the
+                rest; the background is the score 0. Without it negatives are the batch's.
   batch         negatives come from the whole step on all ranks, but not from another of `--accum`'s micro-batches.
   input         the image is stretched to a square, so that no patch is padding when it is tested. Training draws a scale
                 in 0.5..2 and a crop (mmsegmentation's custom); patches outside the image take no part in any sum.
@@ -101,6 +104,8 @@ def get_parser():
     add("--penalty-p", type=float, default=5.0, help="p of the size penalty, Eq. 7; Table 2a")
     add("--dim", type=int, default=1024, help="width of the common embedding space; Table 2b")
     add("--labels", choices=("identity", "tfidf"), default="identity", help="when an expression is in an image; Table 2c")
+    add("--texts", choices=("batch", "classes"), default="batch", help="what an image is compared with: the expressions of its "
+        "batch, or the names of all classes of the corpus; Table 1")
     add("--fraction", type=float, default=1.0, help="share of the training images, drawn by --seed; Table 2d")
     parser.switch(ablation, "full", False, f"learn from masks, Eq. 9; {FULL_YAML} comes on top")
     add("--pretrain", choices=("boxes",), default=None, help=f"learn from boxes, for a later --init; Table 2e; {FULL_YAML}")
@@ -121,7 +126,9 @@ def frontend(args, vocabulary):
             (args.size % args.patch, f"--size {args.size} is not a multiple of --patch {args.patch}."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
-            (args.full and args.pretrain, "--full learns from masks and --pretrain from boxes: give one of them.")):
+            (args.full and args.pretrain, "--full learns from masks and --pretrain from boxes: give one of them."),
+            (args.texts == "classes" and (args.full or args.pretrain or args.labels == "tfidf"),
+             "--texts classes is for learning from image labels: leave out --full, --pretrain and --labels tfidf.")):
         if wrong:
             raise UserError(sentence)
     return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size, squash=True)
@@ -144,6 +151,12 @@ class TSEG(nn.Module):
         self.from_patch = nn.Linear(args.vit_dim, args.dim)
         self.from_text = nn.Linear(args.bert_dim, args.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.compare_with(None, None)
+
+    def compare_with(self, text, string):
+        """In training every image meets these texts (L,W), numbered (L,), instead of its batch's expressions; None ends it."""
+        self.register_buffer("class_text", text, persistent=False)
+        self.register_buffer("class_string", string, persistent=False)
 
     def encode_image(self, images):
         """images (B,3,H,W) uint8 or float in 0..1 -> unit patch vectors (B,N,D) float32."""
@@ -160,13 +173,18 @@ class TSEG(nn.Module):
         return self.log_scale.float().clamp(max=math.log(100)).exp()
 
     def forward(self, images, image_of, text):
-        """images (B,3,H,W), image_of (E,), text (E,L) -> dict: patches (B,N,D), texts (E,D), scale, and the two inputs."""
+        """images (B,3,H,W), image_of (E,), text (E,L) -> dict: patches (B,N,D), texts (E,D), scale, and the two inputs.
+
+        With classes to compare with, texts and text are theirs.
+        """
+        text = text if self.class_text is None else self.class_text
         return {"patches": self.encode_image(images), "texts": self.encode_text(text), "scale": self.scale(),
-                "image_of": image_of, "text": text}
+                "image_of": image_of, "text": text, "string": self.class_string}
 
     def segment(self, features, image_of, text, targets=None):
         """features from `encode_image`, image_of (E,), text (E,L) -> the pooling's own masks (Sec. 3.3) as prob (E,g,g), or
-        four times as fine where an argmax or an interpolation of scores decides; score (E,), z of Eq. 2-8; heat: sigmoid(S).
+        four times as fine where an argmax or an interpolation of scores decides; score (E,), sigmoid(z) of Eq. 2-8, at least
+        0.5 where the text is in the image (Sec. 3.3); heat: sigmoid(S).
         An expression's answer depends on the other expressions of its image where the pooling is not MPA, and on no other.
         """
         args = self.use
@@ -185,7 +203,7 @@ class TSEG(nn.Module):
             same = (text[of][:, None] == text[of][None]).all(-1)                               # (E_b, E_b)
             one = s[b:b + 1][:, :, of]                                                         # (1, N, E_b)
             inside = torch.ones_like(one[:, :, 0], dtype=torch.bool)
-            score[of] = pool(one, inside, args, same.sum(1))[0]
+            score[of] = pool(one, inside, args, same.sum(1))[0].sigmoid()
             if not supervised and args.pooling != "mpa":
                 prob[of] = exclusive(one[0], same, args)
         threshold = args.threshold if supervised or args.pooling == "mpa" else 0.5
@@ -384,7 +402,9 @@ def loss_terms(out, targets, args, ranks, idf=None):
         s = similarities(out["patches"], out["texts"], out["scale"])
         s = s[image_of, :, torch.arange(len(image_of), device=image_of.device)]                # (E, N)
         return {"dice": dice(s, targets["mask"], inside).sum()}
-    texts, string, text = gather_texts(out["texts"], targets["string"], out["text"], ranks)
+    texts, string, text = out["texts"], out["string"], out["text"]
+    if string is None:
+        texts, string, text = gather_texts(texts, targets["string"], text, ranks)
     z = pool(similarities(out["patches"], texts, out["scale"]), inside[first], args)           # (B, L)
     labels = image_labels(out, targets, string, text, first, idf)
     loss = F.binary_cross_entropy_with_logits(z, labels, reduction="sum")                      # L_cls
@@ -570,6 +590,15 @@ def draw_images(dataset, fraction, seed):
     return np.sort(drawn[:max(1, round(fraction * len(drawn)))])
 
 
+def class_texts(dataset):
+    """The names of a corpus' classes as `TSEG.compare_with` takes them. Raises UserError where expressions say something else."""
+    other = sorted(set(dataset.texts) - set(dataset.class_names))
+    if other:
+        raise UserError(f"--texts classes is for corpora whose expressions are names of classes; {dataset.name} has {other[0]!r}.")
+    return (data.pad_text([dataset.encode(name) for name in dataset.class_names]),
+            torch.tensor([string_number(name) for name in dataset.class_names]))
+
+
 def start_from(model, vocabulary, args):
     """Load the weights of another run of this script. Raises UserError where it has other words or another shape."""
     state = checkpoint.load(args.init)
@@ -614,6 +643,8 @@ def main(argv=None):
             idf = document_weights([train_set.encode(text) for text in train_set.texts], len(vocabulary)).to(ranks.device)
 
         model = build_model(args, vocabulary)
+        if args.texts == "classes":
+            model.compare_with(*class_texts(train_set))
         if state:
             args.leaky_init = state["args"]["leaky_init"]
         elif args.init:

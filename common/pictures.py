@@ -146,7 +146,8 @@ def numbered(image, masks, texts, side=900):
         canvas = overlay(canvas, large[i], colour[i], 0.4)
     font = ImageFont.load_default(max(15, round(max(size) / 45)))
     radius, gap = round(font.size * 0.85), round(font.size * 0.5)
-    columns = max(8, round((size[0] - 3 * gap - 2 * radius) / (0.53 * font.size)))
+    letter = font.getlength("the small dog that sits between them") / 36  # a text's mean width of a letter
+    columns = max(8, int((size[0] - 4 * gap - 2 * radius) / letter))
     lines = [textwrap.wrap(_clean(text), columns) or [""] for text in texts]
     heights = [max(2 * radius, round(1.25 * font.size) * len(of)) + gap for of in lines]
     sheet = Image.new("RGB", (size[0], size[1] + sum(heights) + gap * bool(len(lines))), "white")
@@ -319,8 +320,9 @@ def report(path, *, title, settings, summary, curves, cases, notes=(), command="
     a row of its own, and any dict of {name: {n, mIoU, oIoU}} a table of bars.
     curves: {title: {"series": {name: [(x, y)]}, "x": label, "y": label, optional "log": bool}}.
     cases: dicts with `text` and `panels` [(caption, uint8 (H,W,3))], and optionally group (worst, middle, best, or
-    others), split, kind, iou in 0..1, CIDEr in 0..10, I and U in pixels, sent_id, ref_id, image_id, facts and references (lists
-    of text), words [(word, [weight >= 0 per step])]. Equal panels are embedded once. All pictures together stay under BUDGET characters by coarser JPEG.
+    others), split, kind, iou in 0..1, CIDEr in 0..10, I and U in pixels, sent_id, ref_id, image_id, facts and references
+    (lists of text), words [(word, [weight >= 0 per step])]. Equal panels are embedded once. All pictures together stay
+    under BUDGET characters by coarser JPEG.
     Raises UserError when the file cannot be written.
     """
     sections = {"Scores": _scores(summary), "Breakdown": _breakdown(summary), "Curves": _curves(curves),

@@ -31,7 +31,7 @@ def require(model, names, script):
     """Raise UserError where the method has not what the task needs."""
     missing = [name for name in names if not hasattr(model, name)]
     if missing:
-        raise UserError(f"{script} does not describe objects (its model has no {', '.join(missing)}); this needs a method that does.")
+        raise UserError(f"{script} does not describe objects (its model has no {', '.join(missing)}); take a method that does.")
 
 
 def objects_in(example):

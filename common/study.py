@@ -33,8 +33,9 @@ def write_page(path, rows, dataset, checkpoint=""):
         image = int(dataset.expression_image[row["index"]])
         width, height = map(int, dataset.sizes[image])
         photo = pictures.data_uri(dataset.picture(image).permute(1, 2, 0).numpy(), QUALITY, SIDE)
-        cards.append(f'<article class="item" hidden data-ref="{row["ref_id"]}" data-image="{row["image_id"]}" data-width="{width}" '
-                     f'data-height="{height}"><p class="sentence" dir="auto">{escape(row["sentence"], 1000)}</p>'
+        sentence = escape(row["sentence"] or "(no sentence was made)", 1000)
+        cards.append(f'<article class="item" hidden data-ref="{row["ref_id"]}" data-image="{row["image_id"]}" '
+                     f'data-width="{width}" data-height="{height}"><p class="sentence" dir="auto">{sentence}</p>'
                      f'<div class="photo" style="--ratio:{width / height:.4f}"><img src="{photo}" alt="" draggable="false" '
                      f'width="{width}" height="{height}" decoding="async"><i class="mark" hidden></i></div></article>')
     body = f"""<style>{STYLE}</style>
@@ -46,8 +47,9 @@ object that the sentence means; the next picture then comes by itself. Where you
 may go back, and stop and go on later in the same browser.</p><p><button id="begin" type="button">Begin</button></p></article>
 {"".join(cards)}
 <p id="unsure" hidden><button type="button">I cannot tell</button></p>
-<article id="end" hidden><h1>Thank you</h1><p>Save your clicks and send the file to who gave you this page. Nothing is sent by itself.</p>
-<p><a id="save" class="button" href="#">Save the clicks</a></p><p>If your browser saves no file, copy this text instead:</p>
+<article id="end" hidden><h1>Thank you</h1><p>Save your clicks and send the file to who gave you this page.
+Nothing is sent by itself.</p><p><a id="save" class="button" href="#">Save the clicks</a></p>
+<p>If your browser saves no file, copy this text instead:</p>
 <textarea readonly rows="6" aria-label="the clicks as text"></textarea>
 <p><button id="again" type="button">Begin anew, as another person</button></p></article>
 </section>
@@ -59,7 +61,7 @@ may go back, and stop and go on later in the same browser.</p><p><button id="beg
 # ---- scoring ------------------------------------------------------------------------------------------------
 
 def read_clicks(path):
-    """A saved file, checked: {"study", "rater", "dataset", "split", "clicks": {ref_id: (x, y) or None}}. UserError: no such file."""
+    """A saved file, checked: study, rater, dataset, split, checkpoint, and clicks {ref_id: (x, y) or None}. Raises UserError."""
     try:
         if Path(path).stat().st_size > MAX_BYTES:
             raise ValueError("it is larger than any file of clicks")
@@ -69,7 +71,7 @@ def read_clicks(path):
             x, y = click["x"], click["y"]
             if type(click["ref_id"]) is not int or click["ref_id"] in clicks:
                 raise ValueError("a ref_id is no number or stands there twice")
-            if (x is None) != (y is None) or x is not None and not all(type(v) in (int, float) and math.isfinite(v) for v in (x, y)):
+            if (x, y) != (None, None) and not all(type(v) in (int, float) and math.isfinite(v) for v in (x, y)):
                 raise ValueError(f"ref {click['ref_id']} has a click that is no place")
             clicks[click["ref_id"]] = None if x is None else (x, y)
         names = {name: saved[name] for name in ("study", "rater", "dataset", "split")}
@@ -99,9 +101,9 @@ def score(first, second, data_root):
     Raises UserError where the files are of different studies, of one person, or fit no ref of the split.
     """
     files = [read_clicks(first), read_clicks(second)]
-    for name, sentence in (("study", "are of different studies"), ("dataset", "are of different corpora"), ("split", "are of different splits")):
+    for name, several in (("study", "studies"), ("dataset", "corpora"), ("split", "splits")):
         if files[0][name] != files[1][name]:
-            raise UserError(f"{first} and {second} {sentence}: {files[0][name]} and {files[1][name]}.")
+            raise UserError(f"{first} and {second} are of different {several}: {files[0][name]} and {files[1][name]}.")
     if files[0]["rater"] == files[1]["rater"]:
         raise UserError(f"{first} and {second} were saved by the same person; the score needs two.")
     if files[0]["clicks"].keys() != files[1]["clicks"].keys() or not files[0]["clicks"]:
@@ -112,7 +114,7 @@ def score(first, second, data_root):
     rows = []
     for ref in files[0]["clicks"]:
         if ref not in position:
-            raise UserError(f"{path} has no ref {ref}, which {first} has clicks for; is it the corpus that the study was made of?")
+            raise UserError(f"{path} has no ref {ref}, which {first} has clicks for; is it the corpus that the study is about?")
         mask = dataset.expression_mask(position[ref])
         try:
             hits = [hit(mask, file["clicks"][ref]) for file in files]
@@ -130,8 +132,8 @@ def scored(first, second, data_root):
     result = score(first, second, data_root)
     out = Path(first).with_name(f"study_{result['dataset']}_{result['split']}_{result['study']}.json")
     write_text(out, json.dumps(result, indent=1))
-    return (f"{result['dataset']} {result['split']}: {result['both']:.1f} % of {result['n']} sentences led both people to the object "
-            f"({result['first']:.1f} % the first, {result['second']:.1f} % the second)\nwritten to {out}")
+    return (f"{result['dataset']} {result['split']}: {result['both']:.1f} % of {result['n']} sentences led both people to the "
+            f"object ({result['first']:.1f} % the first, {result['second']:.1f} % the second)\nwritten to {out}")
 
 
 # ---- the page -----------------------------------------------------------------------------------------------
@@ -140,12 +142,12 @@ STYLE = """
 main{max-width:1000px;padding:.6rem .8rem 1rem}#study header{flex-wrap:nowrap;align-items:center;gap:.8rem}
 progress{flex:1;min-width:3rem;accent-color:var(--accent)}article{margin:0 0 .8rem}#start,#end{max-width:40rem;margin-top:1.5rem}
 .item .sentence{font-size:1.35rem;margin:.6rem 0;min-height:2.6rem;display:flex;align-items:center}
-.photo{position:relative;width:min(100%,calc((100vh - 11rem)*var(--ratio)));width:min(100%,calc((100dvh - 11rem)*var(--ratio)))}
+.photo{position:relative;width:min(100%,calc((100vh - 13rem)*var(--ratio)));width:min(100%,calc((100dvh - 13rem)*var(--ratio)))}
 .photo img{cursor:crosshair;touch-action:manipulation;user-select:none;-webkit-user-select:none}
 .mark{position:absolute;width:22px;height:22px;margin:-11px 0 0 -11px;border:3px solid #fff;border-radius:50%;
 background:rgb(232 93 36/.75);box-shadow:0 0 0 2px #000;pointer-events:none}
-button,.button{font:inherit;display:inline-block;padding:.5rem 1.1rem;border:1px solid var(--line);border-radius:8px;cursor:pointer;
-background:var(--card);color:inherit;text-decoration:none}button:disabled{opacity:.4;cursor:default}
+button,.button{font:inherit;display:inline-block;padding:.5rem 1.1rem;border:1px solid var(--line);border-radius:8px;
+cursor:pointer;background:var(--card);color:inherit;text-decoration:none}button:disabled{opacity:.4;cursor:default}
 #begin,#save{background:var(--accent);color:var(--bg);border-color:var(--accent)}
 textarea{width:100%;font:13px/1.4 ui-monospace,monospace;background:var(--card);color:inherit;border:1px solid var(--line)}
 """
@@ -165,7 +167,8 @@ function saved() {
   const {id, dataset, split, checkpoint} = study.dataset;
   const clicks = items.map(item => {
     const [x, y] = state.clicks[item.dataset.ref] || [null, null];
-    return {ref_id: +item.dataset.ref, image_id: +item.dataset.image, sentence: item.querySelector('.sentence').textContent, x, y};
+    const sentence = item.querySelector('.sentence').textContent;
+    return {ref_id: +item.dataset.ref, image_id: +item.dataset.image, sentence, x, y};
   });
   return JSON.stringify({study: id, dataset, split, checkpoint, rater: state.rater, clicks}, null, 1);
 }

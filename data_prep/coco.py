@@ -93,8 +93,8 @@ def convert(instances, images, refs, data_root, dataset="coco", exclude_google_v
 
     records, annotations, categories = load_instances(instances)
     if not left_out & records.keys():
-        raise UserError(f"{instances} has none of the {len(left_out)} val and test images of the refs; it should be COCO's train2014 "
-                        "or train2017.")
+        raise UserError(f"{instances} has none of the {len(left_out)} val and test images of the refs; it should be COCO's "
+                        "train2014 or train2017.")
     train = {i: record for i, record in records.items() if i not in left_out}
     counts = {"left out": len(left_out & records.keys()), "described": len(described & records.keys())}
     files = [Path(instances), *(Path(path) for path in refs if not Path(path).is_dir())]
@@ -131,7 +131,7 @@ def convert(instances, images, refs, data_root, dataset="coco", exclude_google_v
         records, annotations, categories = load_instances(val_instances)
         both = records.keys() & train.keys()
         if both:
-            raise UserError(f"{val_instances} shares {len(both)} images with {instances}, such as {min(both)}; it is no held-out set.")
+            raise UserError(f"{val_instances} shares {len(both)} images with {instances}, such as {min(both)}: no held-out set.")
         head = head | {"sources": [source(val_instances)]}
     else:
         val_instances, val_images, records = instances, images, {i: records[i] for i in val & records.keys()}
@@ -139,7 +139,7 @@ def convert(instances, images, refs, data_root, dataset="coco", exclude_google_v
 
     remain = REMAIN.get(len(train) + counts["left out"])
     if remain and not exclude_google_val and len(train) != remain:
-        counts["warning"] = f"{len(train)} images remain and not {remain}: are RefCOCO, RefCOCO+ and RefCOCOg-umd all among --refs?"
+        counts["warning"] = f"{len(train)} images remain and not {remain}: are RefCOCO, RefCOCO+ and RefCOCOg-umd among --refs?"
     return counts
 
 
@@ -189,8 +189,8 @@ def main(argv=None):
         return print_counts(shapes(args.data_root), Path(args.data_root) / "cocoshapes")
     missing = [f"--{name}" for name in ("instances", "images", "refs") if not getattr(args, name)]
     if missing or bool(args.val_instances) != bool(args.val_images):
-        raise UserError(f"{' '.join(missing) or '--val-instances and --val-images'} must be given{'' if missing else ' together'}; "
-                        "or --shapes for the embedded data (see --help).")
+        what = " ".join(missing) or "both --val-instances and --val-images"
+        raise UserError(f"{what} must be given, or --shapes for the embedded data (see --help).")
     counts = convert(args.instances, args.images, args.refs, args.data_root, args.dataset, args.exclude_google_val,
                      args.val_instances or None, args.val_images or None, args.image_check, args.polygon_margin)
     print_counts(counts, Path(args.data_root) / args.dataset)

@@ -59,8 +59,10 @@ class Describer(nn.Module):
     def select(self, features, image_of, text):
         if self.deaf:
             return torch.eye(4)[self.deaf - 1].expand(len(text), 4)
-        return torch.stack([torch.stack([(row == 5 + i // 2).any().float() + (row == 7 + i % 2).any() for i in range(4)]) for row in text])
+        said = [(text == piece).any(1).float() for piece in (5, 6, 7, 8)]
+        return torch.stack([said[i // 2] + said[2 + i % 2] for i in range(4)], 1)
 
     def propose(self, features, min_score):
-        kept = [i for i, score in enumerate((0.9, 0.6, 0.4, 0.2)) if score >= min_score]
-        return [(torch.tensor(kept, dtype=torch.int64), torch.tensor([0.9, 0.6, 0.4, 0.2])[:len(kept)], quarters[kept]) for quarters in features]
+        scores = torch.tensor([0.9, 0.6, 0.4, 0.2])
+        kept = torch.nonzero(scores >= min_score).squeeze(1)
+        return [(kept, scores[kept], quarters[kept]) for quarters in features]

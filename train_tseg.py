@@ -529,6 +529,8 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, idf
                             checkpoint.save(folder / "best.pt", snapshot(args, model, vocabulary, step, best))
                 if ended or args.save_every and step % args.save_every == 0:
                     save()
+        if distributed.any_rank(ranks, stopping()):  # asked for during the last evaluation
+            raise SystemExit(143)
 
 
 def my_parts(keys, args, ranks):

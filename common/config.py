@@ -7,6 +7,7 @@ argparse alone decides types, choices and precedence (PyYAML reads `1e-4` as a s
 import argparse
 import contextlib
 import difflib
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def run(main):
         if met or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        # torch's words for a loader process that died or hangs, raised wherever the main process just was
+        print(f"error: {' '.join(str(error).split())}: a process that reads the pictures died (of too little memory?) or hangs (on "
+              "its disk?). Go on with --resume, with fewer --workers if it happens again.", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        for process in multiprocessing.active_children():
+            process.kill()
+        os._exit(2)  # Python would wait for a process that hangs
     except KeyboardInterrupt:
         status = 130
     sys.stdout.flush()

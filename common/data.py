@@ -509,12 +509,23 @@ def plan_evaluation(dataset, batch_size, most_expressions=128):
 
 
 def load(dataset, batches, workers=0, pin=False):
-    """Yield the Batch of each planned list of keys. A sample's UserError is raised here, in the main process."""
+    """Yield the Batch of each planned list of keys. A sample's UserError is raised here, in the main process; a loader process
+    that dies or hangs is a RuntimeError of torch's, which `config.run` knows by its first word.
+    """
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
         timeout=WORKER_TIMEOUT if workers else 0,
+        # a forked process has the corpus without a copy; the ways that start afresh would have to pickle it
+        multiprocessing_context="fork" if workers else None,
         generator=torch.Generator())  # its own, or every new loader would advance the run's random state
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, EOFError) as error:  # a process died with the tensors that it was handing over
+            raise RuntimeError(f"DataLoader worker is gone ({error})") if workers else error
+        if batch is None:
+            return
         if isinstance(batch, UserError):
             raise batch
         yield batch

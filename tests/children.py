@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ CONTEXT.set_forkserver_preload([__name__, "eval", *SCRIPTS])
 
 @dataclass(frozen=True)
 class Moment:
-    """The `count`-th call of `target` ("module:name.name"), before which the process is sent `number`."""
+    """The `count`-th call of `target` ("module:name.name"), before which the process is sent `number`; 0: it hangs for good."""
     target: str
     count: int
     number: int = signal.SIGKILL
@@ -45,7 +46,19 @@ class Moment:
     def arm(self):
         """Called in the child before the program starts."""
         calls = itertools.count(1)
-        _wrap(self.target, lambda: next(calls) == self.count and os.kill(os.getpid(), self.number))
+        _wrap(self.target, lambda: next(calls) == self.count and (os.kill(os.getpid(), self.number) if self.number else _hang()))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`target` ("module:NAME") has another value."""
+    target: str
+    value: object
+
+    def arm(self):
+        """As Moment's."""
+        module, name = self.target.split(":")
+        setattr(importlib.import_module(module), name, self.value)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,11 @@ class SmallDisk:
     def arm(self):
         """As Moment's."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+def _hang():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a process that waits for a lost disk
+    time.sleep(10 ** 6)
 
 
 def _wrap(target, before):
@@ -115,10 +133,10 @@ class Running:
                        if Path(f"{self.log}{rank}").exists())
 
 
-def start(program, argv, log, ranks=1, hurt=None, hurt_rank=0):
+def start(program, argv, log, ranks=1, hurt=(), hurt_rank=0):
     """Run `python program.py argv…` in the repository, on `ranks` processes; what they print goes to the files `log`0, ….
 
-    hurt: a Moment, Tally or SmallDisk for rank `hurt_rank`. Returns Running.
+    hurt: what befalls rank `hurt_rank`, a tuple of Moment, Setting, Tally and SmallDisk. Returns Running.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -128,13 +146,13 @@ def start(program, argv, log, ranks=1, hurt=None, hurt_rank=0):
         meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = CONTEXT.Process(target=_child, args=(
             program, [str(word) for word in argv], f"{log}{rank}",
-            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if rank == hurt_rank else None))
+            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if rank == hurt_rank else ()))
         process.start()
         processes.append(process)
     return Running(processes, log)
 
 
-def finish(program, argv, log, ranks=1, hurt=None, status=0):
+def finish(program, argv, log, ranks=1, hurt=(), status=0):
     """`start`, and wait; every rank must end with `status`. Returns what was printed."""
     running = start(program, argv, log, ranks, hurt)
     codes = running.wait()
@@ -151,6 +169,6 @@ def _child(program, argv, log, environment, hurt):
     refshapes.SCALES["tiny"] = TINY_SCALE
     refshapes.make.__defaults__ = ("tiny", 0, 1)  # what a script makes where no corpus is yet
     sys.argv = [f"{program}.py", *argv]
-    if hurt:
-        hurt.arm()
+    for harm in hurt:
+        harm.arm()
     run(importlib.import_module(program).main)

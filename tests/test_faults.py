@@ -12,7 +12,7 @@ import torch
 
 from common import checkpoint
 from tests import children
-from tests.children import SCRIPTS, Moment, SmallDisk, Tally, finish, start
+from tests.children import SCRIPTS, Moment, Setting, SmallDisk, Tally, finish, start
 from tests.conftest import TINY_SCALE
 
 MOMENTS = {  # what the process is about to do
@@ -32,7 +32,7 @@ def unbroken(shapes, tmp_path_factory):
         if script not in made:
             folder = tmp_path_factory.mktemp(script)
             tally = Tally(tuple(MOMENTS.values()), str(folder / "tally.json"))
-            finish(script, words(script, shapes, folder / "run"), folder / "log", hurt=tally)
+            finish(script, words(script, shapes, folder / "run"), folder / "log", hurt=[tally])
             made[script] = folder / "run", json.loads((folder / "tally.json").read_text())
         return made[script]
     return of
@@ -91,8 +91,63 @@ def test_killed_at_any_moment(unbroken, shapes, tmp_path, script, number):
     sign = (signal.SIGKILL, signal.SIGTERM)[(number + number // len(MOMENTS)) % 2]
     calls = sum(TINY_SCALE.values()) if moment == "data making" else tally[MOMENTS[moment]]
     data_root, out = tmp_path / "data" if moment == "data making" else shapes, tmp_path / "run"
-    running = start(script, words(script, data_root, out), tmp_path / "log", hurt=Moment(MOMENTS[moment], rng.randint(1, calls), sign))
+    running = start(script, words(script, data_root, out), tmp_path / "log",
+                    hurt=[Moment(MOMENTS[moment], rng.randint(1, calls), sign)])
     assert running.wait() in ([-signal.SIGKILL], [-signal.SIGTERM], [143]), (moment, running.said)
     jump_clock(out, rng)
     finish(script, words(script, data_root, out, "--resume"), tmp_path / "log")
+    assert_unharmed(out, whole)
+
+
+def rot(path):
+    """Flip a bit of the file's largest part, as a bad disk does."""
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    data[part.header_offset + part.file_size // 2 + 100] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rotten_checkpoint(unbroken, shapes, tmp_path, script):
+    """A flipped bit in the newest last.pt: said aloud, and the run goes on from prev.pt."""
+    whole, _ = unbroken(script)
+    out = tmp_path / "run"
+    start(script, words(script, shapes, out), tmp_path / "log", hurt=[Moment("common.runlog:Log.step", 4)]).wait()
+    rot(max(out.rglob("last.pt"), key=lambda path: path.stat().st_mtime))
+    said = finish(script, words(script, shapes, out, "--resume"), tmp_path / "log")
+    assert said.count("Going on from prev.pt") == 1 and "fails the checksum" in said
+    assert_unharmed(out, whole)
+
+
+@pytest.mark.parametrize("script, size", [pytest.param(script, size, marks=[] if script == "train_lts" else pytest.mark.slow)
+                                          for script in SCRIPTS for size in (5_000, 60_000)])
+def test_full_disk(unbroken, shapes, tmp_path, script, size):
+    """No file may grow beyond `size` bytes: one sentence, status 2; with more room the run goes on."""
+    whole, _ = unbroken(script)
+    out = tmp_path / "run"
+    start(script, words(script, shapes, out), tmp_path / "log", hurt=[Moment("common.runlog:Log.step", 3)]).wait()
+    before = {path: path.read_bytes() for path in out.rglob("*.pt")}
+    said = finish(script, words(script, shapes, out, "--resume"), tmp_path / "log", hurt=[SmallDisk(size)], status=2)
+    assert_one_sentence(said, "cannot write")
+    assert all(path.read_bytes() == data for path, data in before.items())
+    finish(script, words(script, shapes, out, "--resume"), tmp_path / "log")
+    assert_unharmed(out, whole)
+
+
+def assert_one_sentence(said, what):
+    assert said.count("error: ") == 1 and what in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, 0])
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s == "train_lts" else pytest.mark.slow) for s in SCRIPTS])
+def test_loader_process(unbroken, shapes, tmp_path, script, how):
+    """One that dies and one that hangs end the run with a sentence; then it goes on."""
+    whole, _ = unbroken(script)
+    out = tmp_path / "run"
+    with_workers = words(script, shapes, out, "--workers", "1")
+    said = finish(script, with_workers, tmp_path / "log", status=2,
+                  hurt=[Moment("common.data:load_image", 7, how), Setting("common.data:WORKER_TIMEOUT", 3)])
+    assert_one_sentence(said, "--resume")
+    finish(script, [*with_workers, "--resume"], tmp_path / "log")
     assert_unharmed(out, whole)

@@ -6,13 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import train_tseg
 from common import checkpoint, data, distributed
 from common.config import UserError, parse
 from common.text import WordPiece
+from eval import main as evaluate
+from data_prep import vocshapes
 from data_prep.refshapes import wordpieces
 
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
@@ -173,6 +174,23 @@ def test_dice_is_the_printed_one():
     assert train_tseg.dice(torch.full((1, 16), -99.0), 0 * truth, torch.ones(1, 16, dtype=torch.bool)).item() == pytest.approx(0)
 
 
+@pytest.mark.parametrize("pooling", ["spa", "mpa"])
+def test_classes_take_the_batchs_place(pooling):
+    """--texts classes: the printed loss over the names of all classes, whatever the batch says; its image has the others' not."""
+    args, model = build("--pooling", pooling, "--texts", "classes")
+    names = ("tabby cat", "red dog", "left dog", "brown cat")
+    batch, wanted = inputs(("red dog", "tabby cat", "red dog"), (0, 0, 1)), targets(("red dog", "tabby cat", "red dog"), (0, 0, 1))
+    model.compare_with(inputs(names)[2], targets(names)["string"])
+    with torch.no_grad():
+        s = train_tseg.similarities(model.encode_image(batch[0]), model.encode_text(inputs(names)[2]), model.scale())
+        z = train_tseg.pool(s, torch.ones(2, 16, dtype=torch.bool), args)
+    true = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0.]])
+    printed = torch.nn.functional.multilabel_soft_margin_loss(z, true, reduction="none").sum() * 4
+    assert loss_of(model, args, batch, wanted).item() == pytest.approx(printed.item(), rel=1e-5)
+    loss_of(model, args, batch, wanted).backward()
+    assert all(p.grad is not None for p in model.parameters()) and "class_text" not in model.state_dict()
+
+
 @pytest.mark.parametrize("flags", ROWS, ids=" ".join)
 def test_every_row_trains_and_segments(flags):
     args, model = build(*flags)
@@ -235,7 +253,13 @@ def gradients(rank, folder):
 
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path):
-    multiprocessing.spawn(gradients, (str(tmp_path),), nprocs=2)
+    from tests.children import CONTEXT  # it imports this file
+    processes = [CONTEXT.Process(target=gradients, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     args, model = build()
     images = torch.cat([inputs(*share, seed=rank)[0] for rank, share in enumerate(SHARES)])
     texts, image_of = SHARES[0][0] + SHARES[1][0], (0, 0, 0, 1, 2)
@@ -245,6 +269,19 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path):
     for rank in range(2):
         for grad, other in zip(own, torch.load(tmp_path / f"{rank}.pt", weights_only=True)):
             assert (grad - other).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-3 * scale)
+
+
+def test_a_run_on_two_ranks_is_one_on_one(shapes, tmp_path):
+    """From its first step's gradient to its scores and report."""
+    from tests.children import finish
+    moments = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        finish("train_tseg", [*TINY, "--data-root", shapes, "--max-steps", "1", "--out", out], tmp_path / "log", ranks)
+        assert json.loads((out / "eval" / "refshapes_val.json").read_text())["n"] > 0 and (out / "report.html").exists()
+        state = checkpoint.load(out / "last.pt")["optimizer"]["state"]  # Adam's first moment: a tenth of the gradient
+        moments.append(torch.cat([state[i]["exp_avg"].flatten() for i in sorted(state)]))
+    assert (moments[0] - moments[1]).norm() <= 1e-5 * moments[0].norm()
 
 
 # ---- loading and whole runs ---------------------------------------------------------------------------------
@@ -283,6 +320,33 @@ def test_boxes_take_the_masks_place(shapes):
     x, y, w, h = dataset.boxes[dataset.objects_of[dataset.of_image[0][0]][0]]
     width, height = dataset.sizes[0]
     assert sample["targets"]["mask"].sum().item() == pytest.approx(w * h * 32 * 32 / (width * height), rel=0.01)
+
+
+def test_text_alone_needs_no_masks(shapes):
+    """Weak learning and boxes do without masks, which --full asks for."""
+    for flags, needs in (([], False), (["--labels", "tfidf"], False), (["--pretrain", "boxes"], False), (["--full"], True)):
+        _, dataset = training_set(shapes, *flags)
+        dataset.rles = [None] * len(dataset.rles)
+        assert isinstance(dataset[(0, 0, dataset.of_image[0])], UserError) == needs
+
+
+def test_classes_then_class_maps(tmp_path):
+    """Table 1 as a user runs it, on VOCShapes: image labels, then per-class IoU with several scales and the CRF."""
+    vocshapes.SCALES["tiny"] = {"train": [("pool", 0, 8)], "val": [("val", 0, 3)]}
+    vocshapes.make(tmp_path, "tiny", jobs=1)
+    train_tseg.main([*TINY[:2], "yaml/tseg_voc.yaml", *TINY[2:], "--pooling", "spa", "--dataset", "vocshapes", "--data-root",
+                     str(tmp_path), "--max-steps", "2", "--out", str(tmp_path / "run")])
+    flags = ["--run", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]
+    evaluate([*flags, "--scales", "1", "2", "--flip-test", "--crf", "deeplab", "--names", "yaml/vocshapes_names.yaml", "--save-masks"])
+    name = "vocshapes_val_crf-deeplab_names-vocshapes_names_scales-1x2_flip-test"
+    for name in ("vocshapes_val", name):
+        summary = json.loads((tmp_path / "run" / "eval" / f"{name}.json").read_text())
+        assert list(summary["classes"]) == ["background", *vocshapes.CLASSES] and summary["images"] == 3
+    assert len(list((tmp_path / "run" / "eval" / f"{name}_masks").glob("*.png"))) == 3
+    assert "prediction: " in (tmp_path / "run" / "report.html").read_text()
+    for wrong, says in ((["--protocol", "lavt480"], "--protocol is for sentences"), (["--task", "rec"], "--task is for sentences")):
+        with pytest.raises(UserError, match=says):
+            evaluate([*flags, *wrong])
 
 
 def test_fractions_are_nested(shapes):
@@ -345,7 +409,7 @@ def test_full_changes_optimiser_and_size():
 
 @pytest.mark.parametrize("flags, says", [
     (["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"), (["--max-words", "600"], "510 pieces"),
-    (["--full", "--pretrain", "boxes"], "one of them")])
+    (["--full", "--pretrain", "boxes"], "one of them"), (["--texts", "classes", "--full"], "--texts classes is for")])
 def test_settings_that_cannot_be(flags, says):
     args = parse(train_tseg.get_parser(), [*TINY, *flags])
     with pytest.raises(UserError, match=says):
@@ -358,6 +422,8 @@ def test_missing_files_are_named(shapes, tmp_path):
         train_tseg.main(["--dataset", "refshapes", "--data-root", str(shapes), "--out", str(tmp_path / "run"), "--device", "cpu"])
     args, model = build()
     checkpoint.save(tmp_path / "best.pt", train_tseg.snapshot(args, model, VOCABULARY, 0, {}))
+    with pytest.raises(UserError, match="expressions are names of classes"):
+        train_tseg.class_texts(training_set(shapes)[1])
     args.init = str(tmp_path / "best.pt")
     with pytest.raises(UserError, match="vocabulary of --vocab"):
         train_tseg.start_from(model, WordPiece(wordpieces(["other words"] * 30)), args)

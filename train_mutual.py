@@ -153,7 +153,7 @@ def get_parser():
     add("--sel-weight", type=float, default=1.0, help="of L_sel")
     add("--gen-weight", type=float, default=1.0, help="of L_gen, Eq. 2")
     add("--schedule", choices=("step", "cosine"), default="step", help="step: lr falls by 10 at each of --lr-drops; never in stage 2")
-    add("--lr-drops", type=float, nargs="*", default=[60 / 90, 80 / 90], help="shares of the steps; App. B: 60k and 80k of 90k")
+    add("--lr-drops", type=float, nargs="*", default=[0.6667, 0.8889], help="shares of the steps; App. B: 60k and 80k of 90k")
     add("--pretrain-lr-drops", type=float, nargs="*", default=[0.8889, 0.9630], help="of pretrain; Mask2Former's")
     add("--warmup", type=float, default=0.0, help="share of the steps in which lr rises from 0")
     add("--backbone-lr", type=float, default=0.1, help="the backbone's rate, as a share of lr; Mask2Former's")

@@ -356,7 +356,7 @@ def _scores(summary):
             cells = "".join(f"<td>{_number(row.get(name), digits)}</td>" for row in flat)
             kind = "head" if name in HEAD else "count" if name in COUNTS else ""
             meaning = MEANINGS.get(name.split(" ")[0], "")
-            label = _h({"n": "sentences"}.get(name, name)) + (f"<small>{meaning}</small>" if meaning else "")
+            label = _h({"n": "sentences"}.get(name, name.replace("_", " "))) + (f"<small>{meaning}</small>" if meaning else "")
             row = f'<tr class="{kind}"><th scope="row">{label}</th>{cells}</tr>'
             head, precision = (head, precision + row) if name.startswith("Pr@") else (head + row, precision)
     unit = [] if any("CIDEr" in row for row in flat) else ["percent"]
@@ -641,7 +641,8 @@ font-size:.8rem}.panels,.words{grid-column:1/-1}.panels{display:grid;gap:.5rem;m
 grid-template-columns:repeat(var(--n),minmax(0,var(--w)))}figure{margin:0}
 img{display:block;width:100%;height:auto;border-radius:3px;background:var(--line)}
 figcaption{color:var(--dim);font-size:.8rem;line-height:1.35;padding-top:.15rem}
-.references{grid-column:1/-1;margin:.5rem 0 0;padding-left:1.1rem;color:var(--dim)}
+.references{margin:.5rem 0 0;padding-left:1.1rem;color:var(--dim)}
+@media(min-width:641px){.case:has(.references)>.panels{grid-column:1}}
 .words p{margin:.35rem 0 0}.words span{display:inline-block;padding:0 .35rem;border-radius:3px;text-align:center;
 background:rgb(var(--wash)/calc(var(--a)*.5))}
 .words span small{display:block;font-size:.7rem;line-height:1.2;color:inherit;opacity:.8}

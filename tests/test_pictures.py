@@ -45,6 +45,20 @@ def test_points_boxes_sheets_and_files(tmp_path):
             pictures.save(tmp_path / bad, PHOTO)
 
 
+def test_numbered_masks():
+    """Each mask has a colour and a number of its own, above what the number says; an empty mask is named below alone."""
+    masks = np.zeros((3, 60, 80), bool)
+    masks[0, 5:25, 5:35] = masks[1, 30:55, 40:75] = True
+    blank = np.full((60, 80, 3), 200, np.uint8)
+    drawn = pictures.numbered(blank, masks, ["a", EVIL, ""], side=320)
+    first, second = pictures.distinct(3)[:2]
+    assert len(set(pictures.distinct(100))) == 100 and drawn.shape[1] == 320 and drawn.shape[0] > 240
+    assert abs(int(drawn[30, 30, 0]) - 0.6 * 200 - 0.4 * first[0]) < 2
+    assert abs(int(drawn[130, 170, 0]) - 0.6 * 200 - 0.4 * second[0]) < 2 and (drawn[200, 60] == 200).all()
+    assert all((drawn[240:] == colour).all(-1).any() for colour in pictures.distinct(3))
+    assert pictures.numbered(blank, masks[:0], []).shape == (675, 900, 3)
+
+
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize("points", [[], [(1, 2)], [(1, float("nan")), (2, None)], [(0, 5), (1, 5)], [(0, -1)],
                                     [(9, 1e99)], [(i, 1e-9 * 2 ** (i % 60)) for i in range(5000)]])
@@ -78,7 +92,7 @@ def test_report(tmp_path, monkeypatch):
                 **{f"Pr@0.{i}": 90.5 - i for i in range(1, 10)}, "pointing": {"heat": 81.74}, "control": {"mIoU": 7.5},
                 "settings": {"lr": 1}, "by_kind": {EVIL: {"n": 7, "mIoU": 61.25, "oIoU": None}}}]
     noise = np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
-    cases = [{"group": group, "text": EVIL, "kind": '"><b>', "iou": 0.5, "words": [(EVIL, [0.25, float("nan")])],
+    cases = [{"group": group, "text": EVIL, "kind": '"><b>', "iou": 0.5, "words": [(EVIL, [0.25, float("nan")])], "facts": [EVIL], "references": [EVIL],
               "panels": [(EVIL, PHOTO), ("truth", other)]} for group in ("best", "worst") for other in noise]
     monkeypatch.setattr(pictures, "BUDGET", 150_000)
     curves = {EVIL: {"series": {EVIL: [(1, 2)]}, "x": EVIL, "y": EVIL}}

@@ -92,7 +92,8 @@ def test_report(tmp_path, monkeypatch):
                 **{f"Pr@0.{i}": 90.5 - i for i in range(1, 10)}, "pointing": {"heat": 81.74}, "control": {"mIoU": 7.5},
                 "settings": {"lr": 1}, "by_kind": {EVIL: {"n": 7, "mIoU": 61.25, "oIoU": None}}}]
     noise = np.random.default_rng(1).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
-    cases = [{"group": group, "text": EVIL, "kind": '"><b>', "iou": 0.5, "words": [(EVIL, [0.25, float("nan")])], "facts": [EVIL], "references": [EVIL],
+    cases = [{"group": group, "text": EVIL, "kind": '"><b>', "iou": 0.5, "words": [(EVIL, [0.25, float("nan")])],
+              "facts": [EVIL], "references": [EVIL],
               "panels": [(EVIL, PHOTO), ("truth", other)]} for group in ("best", "worst") for other in noise]
     monkeypatch.setattr(pictures, "BUDGET", 150_000)
     curves = {EVIL: {"series": {EVIL: [(1, 2)]}, "x": EVIL, "y": EVIL}}

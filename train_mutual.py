@@ -1196,9 +1196,11 @@ def main(argv=None):
     try:
         if not present or missing:
             if ranks.main:
-                from data_prep import coco as coco_tool, refshapes  # only the embedded data needs the generator
-                refshapes.make(args.data_root)
-                coco_tool.shapes(args.data_root)
+                from data_prep import coco as instances_tool, refshapes  # only the embedded data needs the generator
+                if not present:
+                    refshapes.make(args.data_root)
+                if missing:
+                    instances_tool.shapes(args.data_root)
             distributed.barrier(ranks)
         folder = runlog.run_folder(args, Path(__file__).stem)
         args.resume = True  # a chain goes on from what is there

@@ -19,6 +19,8 @@ Where the paper is silent
   MSF           the projections are shared by the levels, and every step has its own. phi_F and phi_S are linear (phi_F
                 then commutes with the average), varphi_F is a convolution, GroupNorm and LeakyReLU; its kernel is 1x1,
                 because 3x3 would cost more than the printed 50 hours allow. `--msf-kernel 3` is for small pictures.
+  attention     Eq. 3's product of D numbers is divided by sqrt(D), as in transformers. As printed (`--no-scaled-attention`)
+                the sigmoid saturates: on RefShapes two of four steps end up with no word at all.
   language      enters by Eq. 4 alone. "mean" replaces the attention by the words' mean, "multiply" and "concat" join
                 that mean to the features first and convolve then (Table IV).
   L_pos         Eq. 9 averages over cells, where one centre among 67,200 cells would vanish beside L_seg; each level's
@@ -91,6 +93,7 @@ def get_parser():
     add("--backbone", choices=("resnet101", "resnet50", "small"), default="resnet101", help="with a pyramid; Sec. V-B")
     add("--weights", default="data/weights/resnet101.pt",
         help="file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
+    parser.switch(model, "scaled-attention", True, "divide Eq. 3's product by sqrt(--dim) before the sigmoid")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--embeddings", choices=("glove", "random"), default="glove",
         help="word vectors: data/<dataset>/words.npz from `python -m data_prep.glove`, or trained from nothing")
@@ -310,7 +313,8 @@ class PositionHead(nn.Module):
             raise UserError("--steps must be at least 1.")
         widths = [channels] + [args.dim] * (args.steps - 1)
         self.fusion = args.fusion
-        self.steps = nn.ModuleList(FusionStep(width, args.dim, args.text_dim, args.fusion, args.msf_kernel)
+        scale = args.dim ** -0.5 if args.scaled_attention else 1.0
+        self.steps = nn.ModuleList(FusionStep(width, args.dim, args.text_dim, args.fusion, args.msf_kernel, scale)
                                    for width in widths)
         self.read = nn.Conv2d(args.dim, 1, 3, padding=1)                                 # FCL, Eq. 2
         nn.init.constant_(self.read.bias, math.log(PRIOR / (1 - PRIOR)))
@@ -342,9 +346,9 @@ class PositionHead(nn.Module):
 class FusionStep(nn.Module):
     """Eq. 3-4, or one of Table IV's other ways to join a sentence to a feature map."""
 
-    def __init__(self, channels, dim, text_dim, fusion, kernel):
+    def __init__(self, channels, dim, text_dim, fusion, kernel, scale):
         super().__init__()
-        self.fusion = fusion
+        self.fusion, self.scale = fusion, scale
         self.phi_s = nn.Linear(text_dim, dim if fusion != "multiply" else channels)
         if fusion == "msf":
             self.phi_f = nn.Linear(channels, dim)
@@ -363,7 +367,7 @@ class FusionStep(nn.Module):
         """average, visual: from `look`, for each sentence; words (E,L,D), known (E,L) -> (E,D,h,w), attention (E,L) or
         None."""
         if self.fusion == "msf":
-            attention = (words @ average[..., None]).squeeze(-1).sigmoid() * known       # A, Eq. 3
+            attention = (self.scale * words @ average[..., None]).squeeze(-1).sigmoid() * known      # A, Eq. 3
             sentence = self.varphi_s((attention[..., None] * words).sum(1))
             return sentence[..., None, None] * visual, attention                         # Eq. 4
         sentence = mean_over_words(words, known)

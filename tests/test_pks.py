@@ -21,7 +21,7 @@ TINY = ["--yaml", "yaml/pks_refshapes.yaml", "--size", "64", "--dim", "16", "--t
         "--batch-size", "4", "--workers", "0", "--eval-splits", "val", "--amp", "off", "--levels", "1-5"]
 WEAK = [["--weak", "--weak-labels", labels] for labels in train_pks.WEAK_LABELS]
 ROWS = [[], ["--no-kernel"], ["--fusion", "mean"], ["--fusion", "multiply"], ["--fusion", "concat"], ["--steps", "1"],
-        ["--steps", "2"], ["--levels", "5"], ["--levels", "3-5"], ["--msf-kernel", "1"],
+        ["--steps", "2"], ["--levels", "5"], ["--levels", "3-5"], ["--msf-kernel", "1"], ["--no-scaled-attention"],
         ["--no-kernel", "--fusion", "concat", "--levels", "2-3"], *WEAK, [*WEAK[1], "--no-balanced"],
         [*WEAK[3], "--no-kernel"], [*WEAK[3], "--gcrf-rgb", "unit"]]
 
@@ -81,10 +81,10 @@ def test_rows_differ():
         seen[key] = flags
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_fusion_equals_its_equations(kernel):
+@pytest.mark.parametrize("kernel, scaled, scale", [(1, "--scaled-attention", 0.25), (3, "--no-scaled-attention", 1.0)])
+def test_fusion_equals_its_equations(kernel, scaled, scale):
     """Eq. 1-4 for each sentence, word and channel by itself, with phi_F applied before the average as printed."""
-    _, model = build("--steps", "3", "--msf-kernel", str(kernel))
+    _, model = build("--steps", "3", "--msf-kernel", str(kernel), scaled)
     head, level = model.position_head, torch.randn(2, 16, 5, 6)
     states, known = torch.randn(3, 4, 16), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     image_of = torch.tensor([0, 1, 1])
@@ -97,7 +97,7 @@ def test_fusion_equals_its_equations(kernel):
             summed = torch.zeros(16)
             for t in range(int(known[e].sum())):
                 word = one.phi_s.weight @ states[e, t] + one.phi_s.bias
-                weight = 1 / (1 + torch.exp(-(word @ average)))
+                weight = 1 / (1 + torch.exp(-scale * (word @ average)))
                 assert attention[e, 0, j, t].item() == pytest.approx(weight.item(), abs=1e-5)
                 summed = summed + weight * word
             sentence = one.varphi_s.weight @ summed + one.varphi_s.bias

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +96,28 @@ def test_batches_change_nothing(shapes):
     images = list(dict.fromkeys(row["image_id"] for row in first))[:2]
     assert described(shapes, limit=2)[0] == [row for row in first if row["image_id"] in images]
     assert {row["sentence"].split(" ")[-1] for row in described(shapes, max_length=2)[0]} <= {"", "top", "bottom"}
+
+
+def test_ranks_share_the_work(shapes, monkeypatch):
+    """Three ranks, here threads that meet at `gather`, describe each image once and all return the rows of one."""
+    expected, dataset = described(shapes, batch_size=1)
+    world, encoded, meeting = 3, [], threading.Barrier(3)
+    shares = [None] * world
+
+    def gather(ranks, item):
+        shares[ranks.rank] = item
+        meeting.wait(30)
+        return list(shares)
+    monkeypatch.setattr(distributed, "gather", gather)
+    encode = describer.Describer.encode_image
+    monkeypatch.setattr(describer.Describer, "encode_image", lambda self, images: encoded.extend(images) or encode(self, images))
+    vocabulary = describer.make_vocabulary(describer.PIECES)
+    model = describer.Describer(SimpleNamespace(deaf=0))
+    with ThreadPoolExecutor(world) as pool:
+        runs = [pool.submit(reg.evaluate, model, dataset, vocabulary.decode, distributed.Ranks(rank, world, ALONE.device), 1)
+                for rank in range(world)]
+        assert all(run.result()[0] == expected for run in runs)
+    assert len(encoded) == len(dataset.with_expressions)
 
 
 @pytest.mark.parametrize("deaf", [0, 1])
@@ -201,7 +225,7 @@ def test_describe(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--task", "reg", "--crf", "deeplab", "--save-masks"], "--crf and --save-masks mean nothing to --task reg"),
-    (["--beams", "2"], "--beams means nothing to --task res"),
+    (["--beams", "2", "--min-score", "0.1"], "--beams and --min-score mean nothing to --task res"),
     (["--task", "reg", "--image", "x.png"], "--image means nothing to --task reg"),
     (["--describe"], "--describe needs --image"),
     (["--describe", "--image", "x.png", "--text", "a"], "--text means nothing to --describe"),
@@ -220,15 +244,17 @@ def test_refused(run, monkeypatch, flags, sentence):
         evaluation.main(["--run", str(run), "--workers", "0", *flags])
 
 
-def test_ranks(shapes, tmp_path):
+@pytest.mark.slow
+def test_processes(shapes, tmp_path):
     """Two ranks, dealt three batches, write the lines of one; one of them says that METEOR is missing."""
     house, lines = tmp_path / "house", {}
     shutil.copytree(REPOSITORY, house, ignore=shutil.ignore_patterns("data", "runs", ".git", "tests", "__pycache__"))
     shutil.copy(REPOSITORY / "tests" / "describer.py", house / "train_describer.py")
     save(tmp_path / "run" / "best.pt", dataset="refshapes", data_root=str(shapes))
     for ranks in (1, 2):
-        done = command("eval.py", "--run", tmp_path / "run", "--listener", tmp_path / "run" / "best.pt", "--task", "reg",
-                       "--split", "testA", "--limit", "3", "--batch-size", "1", "--workers", "0", cwd=house, ranks=ranks, PATH="/nowhere")
+        flags = ["--task", "reg", "--split", "testA", "--limit", "3", "--batch-size", "1", "--workers", "0"]
+        done = command("eval.py", "--run", tmp_path / "run", "--listener", tmp_path / "run" / "best.pt", *flags, cwd=house,
+                       ranks=ranks, PATH="/nowhere")
         assert done.returncode == 0 and done.stdout.count("METEOR is left out") == 1, done.stderr
         lines[ranks] = (tmp_path / "run" / "eval" / "refshapes_testA_reg_first3.jsonl").read_bytes()
     assert lines[1] == lines[2]

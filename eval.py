@@ -3,8 +3,9 @@
     python eval.py --split testA                                      the newest run, its best checkpoint
     python eval.py --run runs/train_lts/refcoco/base_s0 --split val testA testB --report
     python eval.py --run RUN --dataset refcoco+ --split val           on another prepared corpus
+    python eval.py --run RUN --compare OTHER --split val --report     how much better than OTHER, and where
     python eval.py --run RUN --image photo.jpg --text "the red bus on the left" --out out.png
-    python eval.py --run RUN --split testA testB --task reg --refs merged     sentences for objects (REG), of a method that describes
+    python eval.py --run RUN --split testA testB --task reg --refs merged       sentences for objects, if the method makes any
     python eval.py --run RUN --image photo.jpg --describe             everything found, each told from the others
     python eval.py --run RUN --split testA --task reg --human-study 100       a page that two people click through, then
     python eval.py --score-study clicks_A.json clicks_B.json
@@ -32,6 +33,7 @@ from common.config import REPOSITORY, Parser, UserError, parse, run, write_text
 from common.crf import PRESETS, dense_crf
 from common.text import words
 
+LOST = {"worst": "lost most against the other run", "best": "gained most against the other run"}
 CASES = 10  # of the worst, the middle and the best each, for every split in the report
 
 
@@ -46,6 +48,8 @@ def get_parser(script=None):
     add("--split", nargs="+", default=["val"], help="splits of the corpus")
     add("--task", choices=("res", "rec", "reg"), default="res", help="masks, or boxes around them as the headline of the output; "
         "reg: sentences for objects")
+    add("--compare", default="", metavar="RUN", help="another run: the difference to it with a 95 % interval (paired "
+        "bootstrap over images), and its predictions beside these in the report")
     add("--limit", type=int, default=0, help="only the first images of the split (named in the file)")
     how = parser.add_argument_group("how")
     add = how.add_argument
@@ -60,18 +64,18 @@ def get_parser(script=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     describe = parser.add_argument_group("describing (--task reg, --describe)")
     add = describe.add_argument
-    add("--refs", choices=("own", "merged"), default="own", help="score against the corpus' own sentences, or RefCOCO's and RefCOCO+'s "
-        "of the same object together")
+    add("--refs", choices=("own", "merged"), default="own", help="score against the corpus' own sentences, or those of RefCOCO "
+        "and RefCOCO+ about the same object together")
     add("--beams", type=int, default=0, help="width of the beam search; 0: the method's own")
     add("--max-length", type=int, default=0, help="longest sentence in tokens; 0: the method's own")
-    add("--listener", default="", help="checkpoint whose model checks the sentences (Rb-Acc); empty: the run's own, if there is one")
+    add("--listener", default="", help="checkpoint whose model checks the sentences (Rb-Acc); empty: the run's own")
     add("--min-score", type=float, default=0.5, help="--describe: the instances found with at least this score")
     classmaps.add_flags(parser)
     out = parser.add_argument_group("what to write")
     parser.switch(out, "report", False, "write report.html with scores, curves and pictures of cases")
     parser.switch(out, "save-masks", False, "write every predicted mask as <run>/eval/<dataset>_<split>_masks/<sent_id>.png")
-    out.add_argument("--human-study", type=int, default=0, metavar="N", help="--task reg: a page that shows N pictures with their "
-        "sentences and takes clicks")
+    out.add_argument("--human-study", type=int, default=0, metavar="N", help="--task reg: a page that shows N pictures with "
+        "their sentences and takes clicks")
     own = parser.add_argument_group("a picture of your own")
     add = own.add_argument
     add("--image", default="", help="any picture")
@@ -79,8 +83,8 @@ def get_parser(script=None):
     parser.switch(own, "describe", False, "instead of --text: say of everything found how to tell it from the rest")
     add("--out", default="prediction.png", help="the picture with the mask on it")
     add = parser.add_argument_group("two people's clicks").add_argument
-    add("--score-study", nargs=2, default=None, metavar="FILE", help="the files that a --human-study page saved; needs the corpus "
-        "below --data-root and no run")
+    add("--score-study", nargs=2, default=None, metavar="FILE", help="the files that a --human-study page saved; needs the "
+        "corpus below --data-root and no run")
     if script is not None and hasattr(script, "eval_flags"):
         script.eval_flags(parser)
     return parser
@@ -116,8 +120,8 @@ def of_stage(newest, task):
     run_folder = newest.parent.parent
     path = next((run_folder / stage / "best.pt" for stage in stages if (run_folder / stage / "best.pt").is_file()), None)
     if path is None:
-        raise UserError(f"{run_folder} has no stage {' or '.join(stages)} yet, which --task {task} is scored with; train it, or name "
-                        "a --checkpoint.")
+        raise UserError(f"{run_folder} has no stage {' or '.join(stages)} yet, which --task {task} is scored with; train it, or "
+                        "name a --checkpoint.")
     return path
 
 
@@ -159,22 +163,24 @@ def load_run(path, device, argv):
     """
     state, script, settings = read_checkpoint(path)
     args = parse(get_parser(script), argv)
-    if args.crf and args.threshold is None:
-        args.threshold = 0.5
     own = vars(get_parser().parse_args([]))
     args.added = {key: value for key, value in vars(args).items() if key not in own and value not in (None, False)}
     vars(settings).update({key: value for key, value in args.added.items() if key in vars(settings)})
+    if args.threshold is not None:
+        args.added["threshold"] = args.threshold
+    elif args.crf:
+        args.threshold = 0.5
     return script, args, settings, *build(path, state, script, settings, device), state
 
 
 def load_listener(args, path, script, settings, vocabulary, device, say):
-    """(model, encode) that checks sentences, or None where the run has none (said aloud). Raises UserError where it does not fit."""
+    """(model, encode) that checks sentences, or None where the run has none (said aloud). UserError for one that does not fit."""
     stages = getattr(script, "STAGE_OF_TASK", {}).get("listener", ())
     found = [path.parent.parent / stage / "best.pt" for stage in stages]
     file = Path(args.listener) if args.listener else next((file for file in found if file.is_file()), None)
     if file is None:
         if say:
-            print("Rb-Acc is left out: the run has no listener " + (f"({found[0]})" if found else "") + "; name one with --listener.")
+            print(f"Rb-Acc is left out: the run has no listener{f' ({found[0]})' if found else ''}; name one with --listener.")
         return None
     args.listener = str(file)
     state, other, its_settings = read_checkpoint(file)
@@ -203,11 +209,7 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
         raise UserError(f"--{next(iter(classmaps.changed(args))).replace('_', '-')} is for corpora with class maps; {name} has none.")
     if args.shuffle_expressions:
         dataset = metrics.shuffled(dataset)
-    suffix = "".join([f"_{args.protocol}" if args.protocol != "original" else "",
-                      "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
-                      *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
-                        for key, value in args.added.items()), f"_first{args.limit}" if args.limit else ""])
-    base = result_file(path, name, split, suffix)
+    base = result_file(path, name, split, suffix_of(args))
     writer = mask_writer(dataset, base.with_name(base.name + "_masks")) if args.save_masks else None
     refine = partial(refine_by_crf, preset=args.crf) if args.crf else None
     rows, seconds = metrics.evaluate(model, dataset, ranks, args.batch_size, args.workers, args.amp, args.threshold,
@@ -216,6 +218,14 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | args.added | {"step": state["step"]})
     write_results(ranks, base, settings, summary, rows)
     return summary, rows, dataset
+
+
+def suffix_of(args):
+    """What stands in the results' name of the way in which sentences were scored."""
+    return "".join([f"_{args.protocol}" if args.protocol != "original" else "",
+                    "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
+                    *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
+                      for key, value in args.added.items()), f"_first{args.limit}" if args.limit else ""])
 
 
 def search_options(args):
@@ -235,6 +245,7 @@ def write_results(ranks, base, settings, summary, rows):
     if ranks.main:
         write_text(base.parent / f"{base.name}.json", json.dumps(summary, indent=1))
         write_text(base.parent / f"{base.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"scores: {base}.json", flush=True)
 
 
 def describe_split(listener, args, ranks, path, split, script, settings, model, vocabulary, state):
@@ -289,6 +300,50 @@ def score_class_maps(args, ranks, path, settings, model, state, dataset):
     return summary, rows, scorer
 
 
+class Comparison:
+    """Another run beside the one just scored: `compare` scores it on the same sentences, `panel` draws its predictions."""
+
+    def __init__(self, run_folder, argv, ranks):
+        known, _ = get_parser().parse_known_args([*argv, "--run", run_folder, "--checkpoint", ""])
+        self.path, self.name, self.ranks = find_checkpoint(known, False), run_folder, ranks
+        self.script, self.args, self.settings, *self.rest = load_run(self.path, ranks.device, argv)
+        self.sets, self.values, self.sentences = {}, {}, []
+
+    def compare(self, path, summary, rows, dataset, suffix):
+        """Print and write how much more the rows of one split score than this run's, which are read where they are as
+        new as its checkpoint and else made. Raises UserError where they are of other sentences."""
+        name, split = dataset.name, dataset.split
+        base = result_file(self.path, name, split, suffix_of(self.args))
+        stored = base.parent / f"{base.name}.jsonl"
+        fresh = stored.is_file() and stored.stat().st_mtime >= self.path.stat().st_mtime
+        if distributed.any_rank(self.ranks, not fresh):
+            self.args.dataset = name
+            others = score_split(self.args, self.ranks, self.path, split, self.script, self.settings, *self.rest)[1]
+        else:
+            others = [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()]
+        if [row["sent_id"] for row in rows] != [row["sent_id"] for row in others]:
+            raise UserError(f"{self.name} was scored on other sentences of {name} {split}; remove {stored} and try again.")
+        found = metrics.paired_bootstrap(rows, others)
+        said = ", ".join(f"{key} {value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f}, p = {value['p']:.2g})"
+                         for key, value in found.items())
+        self.sentences.append(f"{name} {split} against {self.name}: {said}; 95 % intervals, paired bootstrap over "
+                              f"{summary['images']} images")
+        if self.ranks.main:
+            print(self.sentences[-1])
+            target = result_file(path, name, split, f"{suffix}_against_{self.path.parent.name}")
+            write_text(f"{target}.json", json.dumps({"run": str(path), "against": str(self.path), "dataset": name,
+                                                     "split": split, **found}, indent=1))
+        self.values[split] = {row["sent_id"]: metrics.iou(np.int64(row["I"]), np.int64(row["U"])) for row in others}
+        self.sets[split] = data.RefDataset(dataset.path, *self.script.frontend(self.settings, self.rest[1]))
+
+    def panel(self, picture, split, index):
+        """(caption, picture) of this run's prediction for expression `index`."""
+        batch, n, output = predict_case(self.rest[0], self.sets[split], index, self.ranks.device)
+        mask = predicted_mask(batch.frames[0], output, n, self.args.threshold)
+        return f"{self.name}, IoU {100 * self.values[split][int(self.sets[split].sent_ids[index])]:.1f}", \
+            pictures.overlay(picture, mask, pictures.OTHER)
+
+
 def refine_by_crf(picture, prob, preset):
     """picture (3,H,W) uint8, prob (E,H,W) -> prob after mean field; all sentences of the image share one lattice."""
     return dense_crf(picture.permute(1, 2, 0).contiguous().numpy(), prob, **PRESETS[preset])
@@ -333,15 +388,23 @@ def print_table(summaries):
 
 # ---- the report ---------------------------------------------------------------------------------------------
 
-def write_report(args, path, script, settings, model, device, scored):
-    """report.html of the run: scores, curves, and the worst, middle and best cases of every split just scored."""
+def write_report(args, path, script, settings, model, device, scored, other=None):
+    """report.html of the run: scores, curves, and the worst, middle and best cases of every split just scored; beside
+    `other`, a Comparison, the cases that lost and gained most against it."""
     cases, reg_ = [], args.task == "reg"
     for summary, rows, dataset in scored:
         if reg_:
             cases += reg.cases(dataset, choose_cases(rows, lambda row: row["CIDEr"]))
         else:
-            chosen = choose_cases(rows, lambda row: metrics.iou(np.int64(row["I"]), np.int64(row["U"])))
-            cases += dataset.cases(chosen) if summary["task"] == "classes" else render_cases(script, settings, model, device, dataset, chosen, args.threshold)
+            value = lambda row: metrics.iou(np.int64(row["I"]), np.int64(row["U"]))  # noqa: E731
+            if other is not None:
+                theirs = other.values[dataset.split]
+                chosen = choose_cases(rows, lambda row: value(row) - theirs[row["sent_id"]])  # noqa: B023
+                chosen = {LOST.get(group, group): of for group, of in chosen.items() if group != "middle"}
+            else:
+                chosen = choose_cases(rows, value)
+            cases += dataset.cases(chosen) if summary["task"] == "classes" else render_cases(
+                script, settings, model, device, dataset, chosen, args.threshold, other)
     records = runlog.read_log(path.parent)
     losses = [name for name in (records[0] if records else {}) if name not in
               ("step", "epoch", "seconds", "lr", "grad", "GB")]
@@ -360,8 +423,8 @@ def write_report(args, path, script, settings, model, device, scored):
     warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}
     target = path.parent / ("report_reg.html" if reg_ else "report.html")
     pictures.report(target, title=f"{script.__name__}: {path.parent.name} on {settings.dataset}", settings=vars(settings),
-                    summary=[summary for summary, _, _ in scored], curves=curves, cases=cases, notes=sorted(warnings),
-                    command=made)
+                    summary=[summary for summary, _, _ in scored], curves=curves, cases=cases,
+                    notes=(other.sentences if other else []) + sorted(warnings), command=made)
     print(f"report: {target}")
 
 
@@ -375,21 +438,17 @@ def choose_cases(rows, value):
 
 
 @torch.inference_mode()
-def render_cases(script, settings, model, device, dataset, chosen, threshold):
-    """Case dictionaries for `pictures.report`, each predicted anew together with its image's other sentences."""
-    view, cases = dataset.view(original=True), []
+def render_cases(script, settings, model, device, dataset, chosen, threshold, other=None):
+    """Case dictionaries for `pictures.report`, each predicted anew; other: a Comparison whose predictions stand beside."""
+    cases = []
     for group, rows in chosen.items():
         for row in rows:
-            image = int(dataset.expression_image[row["index"]])
-            sample = view[(0, image, dataset.of_image[image])]
-            if isinstance(sample, UserError):
-                raise sample
-            batch = data.collate([sample]).to(device)
-            n = int(np.flatnonzero(batch.index == row["index"])[0])
-            output = metrics.predict(model, batch)
-            panels = panels_of(dataset.picture(image), batch.frames[0], output, n, threshold)
-            panels.insert(1, ("truth", pictures.overlay(panels[0][1], sample["masks"][n].numpy(),
-                                                       pictures.TRUTH)))
+            batch, n, output = predict_case(model, dataset, row["index"], device)
+            picture = dataset.picture(int(dataset.expression_image[row["index"]]))
+            panels = panels_of(picture, batch.frames[0], output, n, threshold)
+            panels.insert(1, ("truth", pictures.overlay(panels[0][1], batch.masks[0][n].numpy(), pictures.TRUTH)))
+            if other is not None:
+                panels.insert(3, other.panel(panels[0][1], dataset.split, row["index"]))
             if hasattr(script, "case_panels"):
                 panels += script.case_panels(settings, dataset, row["index"])
             text = dataset.texts[row["index"]]
@@ -397,6 +456,22 @@ def render_cases(script, settings, model, device, dataset, chosen, threshold):
                           "kind": row["kind"], "iou": float(metrics.iou(np.int64(row["I"]), np.int64(row["U"]))),
                           "panels": panels, **{key: row[key] for key in ("I", "U", "sent_id", "ref_id", "image_id")}})
     return cases
+
+
+def predict_case(model, dataset, index, device):
+    """Expression `index` predicted together with its image's other sentences: (batch, its place in it, the model's dict)."""
+    image = int(dataset.expression_image[index])
+    sample = dataset.view(original=True)[(0, image, dataset.of_image[image])]
+    if isinstance(sample, UserError):
+        raise sample
+    batch = data.collate([sample]).to(device)
+    return batch, int(np.flatnonzero(batch.index == index)[0]), metrics.predict(model, batch)
+
+
+def predicted_mask(frame, output, n, threshold):
+    """Expression n's mask (H,W) bool in the image's frame; threshold: None takes the method's own."""
+    limit = output["threshold"] if threshold is None else threshold
+    return (frame.prob_img(output["prob"][n:n + 1].float())[0] >= limit).cpu().numpy()
 
 
 def attended(text, output, n):
@@ -409,9 +484,7 @@ def attended(text, output, n):
 def panels_of(picture, frame, output, n, threshold):
     """[(caption, uint8 picture)]: the image, the prediction for expression n with its points, and every heat map."""
     image = picture.permute(1, 2, 0).numpy()
-    limit = output["threshold"] if threshold is None else threshold
-    mask = (frame.prob_img(output["prob"][n:n + 1].float())[0] >= limit).cpu().numpy()
-    panels = [("image", image), ("prediction", pictures.overlay(image, mask))]
+    panels = [("image", image), ("prediction", pictures.overlay(image, predicted_mask(frame, output, n, threshold)))]
     if "points" in output:
         points = frame.points_img(output["points"][n].float()).cpu().numpy()
         panels.append(("points, first to last", pictures.draw_points(image, points[np.isfinite(points).all(1)])))
@@ -459,7 +532,8 @@ def describe_picture(args, script, settings, model, vocabulary, device):
     picture = data.load_image(args.image)
     frame = canvas.frame(picture.shape[2], picture.shape[1])
     image_in = frame.image_in(picture, canvas.fill)[None].to(device)
-    sentences, scores, masks = reg.describe_found(model, image_in, frame, vocabulary.decode, args.min_score, **search_options(args))
+    options = search_options(args)
+    sentences, scores, masks = reg.describe_found(model, image_in, frame, vocabulary.decode, args.min_score, **options)
     for n, (sentence, score, mask) in enumerate(zip(sentences, scores, masks), start=1):
         print(f"{n:>3}  {sentence}  (score {score:.2f}, {100 * mask.mean():.1f} % of the picture)")
     if not sentences:
@@ -476,9 +550,10 @@ def refuse_mixtures(args):
              "--shuffle-expressions": args.shuffle_expressions, "--save-masks": args.save_masks}
     scores = {"--refs": args.refs != "own", "--listener": args.listener, "--human-study": args.human_study}
     search = {"--beams": args.beams, "--max-length": args.max_length}
+    found = {"--min-score": args.min_score != 0.5}
     task = "--describe" if args.describe else f"--task {args.task}"
-    unheeded = {"--describe": masks | scores | {"--text": args.text}, "--task reg": masks | {"--image": args.image}}
-    given = [flag for flag, value in unheeded.get(task, scores | search).items() if value]
+    unheeded = {"--describe": masks | scores | {"--text": args.text}, "--task reg": masks | found | {"--image": args.image}}
+    given = [flag for flag, value in unheeded.get(task, scores | search | found).items() if value]
     if given:
         raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")
     if args.describe and not args.image:
@@ -509,10 +584,15 @@ def main(argv=None, ranks=None):
             listener = load_listener(args, path, script, settings, vocabulary, ranks.device, ranks.main)
             score = partial(describe_split, listener)
         scored = [score(args, ranks, path, split, script, settings, model, vocabulary, state) for split in args.split]
+        other = Comparison(args.compare, argv, ranks) if args.compare else None
+        for of_split in scored if other else ():
+            if args.task == "reg" or of_split[0]["task"] == "classes":
+                raise UserError("--compare is for the masks of sentences; leave it out.")
+            other.compare(path, *of_split, suffix_of(args))
         if ranks.main:
             print_table([summary for summary, _, _ in scored])
             if args.report:
-                write_report(args, path, script, settings, model, ranks.device, scored)
+                write_report(args, path, script, settings, model, ranks.device, scored, other)
         distributed.barrier(ranks)
     finally:
         if started_here:

@@ -42,6 +42,7 @@ The format of yaml/tables/*.yaml (every key is checked, an unknown one is an err
     built: false     somebody else's method, printed as "not built"
     x, remark, check place on the plot; misprint, guess, mixed metric; flags for --check of this row and of the one it ablates
 """
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -61,6 +62,7 @@ from common.config import REPOSITORY, Parser, UserError, load_yaml, run, write_t
 SAY_EVERY = 30    # seconds between lines of progress where stderr is no terminal
 GRACE = 120       # seconds that an interrupted row has to end its step and save
 LAST_LINES = 15   # of a failed row's log
+IDLE = ("dataset", "data_root", "eval_splits", "eval_batch_size", "workers", "device", "log_every", "save_every")  # decide no number
 
 
 def get_parser():
@@ -118,14 +120,13 @@ class Plan:
         return self.out / job.dataset / f"{job.row}_s{job.seed}"
 
     def run_folder(self, job):
-        """The folder with the run that a job scores: its own, or that of `run_of`; a taken-over one lies elsewhere."""
-        base = self.table.row(job.row).run_of or job.row
-        own = Job(base, job.dataset, job.seed)
-        if not trained(self.folder(own)):
-            for entry in self.present(base, job.dataset):
-                if entry["seed"] == job.seed and trained(Path(entry["folder"])):
-                    return Path(entry["folder"])
-        return self.folder(own)
+        """The folder with the run that a job scores: its own, or that of `run_of`, or one with equal settings elsewhere."""
+        own = self.folder(Job(self.table.row(job.row).run_of or job.row, job.dataset, job.seed))
+        if not trained(own):
+            row = self.table.row(self.table.row(job.row).run_of or job.row)
+            return next((Path(entry["folder"]) for _, entry in self.stored(row, job.dataset)
+                         if entry["seed"] == job.seed and trained(entry["folder"])), own)
+        return own
 
     def settings(self, row, dataset):
         """A digest of all that decides a row's numbers, but for the seed and the code."""
@@ -139,11 +140,14 @@ class Plan:
             self.digests[key] = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         return self.digests[key]
 
-    def present(self, name, dataset):
-        """The stored results of a row under its present settings."""
-        row = self.table.row(name)
-        return [entry for entry in tables.load_results(tables.results_path(self.table.path))
-                if (entry["row"], entry["dataset"]) == (name, dataset) and entry["settings"] == self.settings(row, dataset)]
+    def stored(self, row, dataset):
+        """[(table's name, result)] under the row's present settings: this table's first, then those of the tables beside it."""
+        own, digest = tables.results_path(self.table.path), self.settings(row, dataset)
+        found = []
+        for path in [own, *sorted(set(own.parent.glob("*.results.json")) - {own})]:
+            found += [(path.name.removesuffix(".results.json"), entry) for entry in tables.load_results(path)
+                      if (entry["dataset"], entry["settings"]) == (dataset, digest) and (path != own or entry["row"] == row.name)]
+        return found
 
     def results(self, dataset):
         """All stored results on a corpus under the present settings."""
@@ -195,10 +199,14 @@ class Plan:
                         self.add(wanted, Job(row.name, dataset, seed))
         return wanted, done
 
+    def needed(self, job):
+        """[(this plan, job)] of the rows whose runs a job uses."""
+        return [(self, Job(row.name, job.dataset, job.seed))
+                for row in self.table.needs(self.table.row(job.row), job.dataset)]
+
     def add(self, wanted, job):
-        """Append a job, and before it the rows whose runs it needs and that are not there."""
-        for needed in self.table.needs(self.table.row(job.row), job.dataset):
-            other = Job(needed.name, job.dataset, job.seed)
+        """Append a job, and before it those whose runs it needs and that are not there."""
+        for _, other in self.needed(job):
             if not trained(self.run_folder(other)) or not self.is_done(other):
                 self.add(wanted, other)
         if job not in wanted:
@@ -206,17 +214,11 @@ class Plan:
 
     def is_done(self, job):
         """Whether the job's result is there with all its scores; one of another table is taken over."""
-        row, columns = self.table.row(job.row), self.table.columns_of(job.dataset)
-        if any(e["seed"] == job.seed and tables.is_complete(e, columns) for e in self.present(job.row, job.dataset)):
-            return True
-        own, digest = tables.results_path(self.table.path), self.settings(row, job.dataset)
-        for path in sorted(own.parent.glob("*.results.json")):
-            for entry in tables.load_results(path) if path != own else []:
-                if (entry["settings"], entry["dataset"], entry["seed"]) == (digest, job.dataset, job.seed) \
-                        and tables.is_complete(entry, columns):
-                    source = entry.get("from") or f"{path.name.removesuffix('.results.json')}/{entry['row']}"
-                    self.keep(entry | {"row": job.row, "from": source})
-                    return True
+        for name, entry in self.stored(self.table.row(job.row), job.dataset):
+            if entry["seed"] == job.seed and tables.is_complete(entry, self.table.columns_of(job.dataset)):
+                if name != self.table.name:
+                    self.keep(entry | {"row": job.row, "from": entry.get("from") or f"{name}, {entry['row']}"})
+                return True
         return False
 
     def keep(self, entry):
@@ -268,7 +270,7 @@ def settings_files(script, words):
         given = []
     own = dict(re.findall(r'^(\w*YAML) = "([^"]+)"', script.read_text(encoding="utf-8"), re.M))
     used = given + [path for name, path in own.items() if name != "EMBEDDED_YAML" and not (given and name == "YAML")]
-    return [load_yaml(path) for path in used]
+    return [{key: value for key, value in load_yaml(path).items() if key.replace("-", "_") not in IDLE} for path in used]
 
 
 def read_scores(path):
@@ -368,20 +370,37 @@ def tail(path, lines, since=0):
 
 def end(running):
     """Store the result of a job whose commands all ended well, and return it. Raises UserError where a score is missing."""
-    from common.runlog import environment  # torch, which a dry run does without
     plan, job = running.plan, running.job
     with open(running.log, "rb") as log:
         log.seek(running.at)
         said = re.findall(r"^scores: (.+)$", log.read().decode("utf-8", "replace"), re.M)
-    facts = dict(line.partition(": ")[::2] for line in environment().splitlines())
-    machine = facts["cpu"] + ("" if facts["gpu"] == "none" else f"; {facts['gpu']}")
+    facts = made_by(plan.run_folder(job))
+    machine = "; ".join(facts[key] for key in ("cpu", "gpu") if facts.get(key, "none") != "none") or "unknown"
     entry = {"row": job.row, "dataset": job.dataset, "seed": job.seed,
              "settings": plan.settings(plan.table.row(job.row), job.dataset), "scores": plan.scores(job, said),
              "commands": [plan.printed(words) for words in plan.commands(job)], "folder": str(plan.run_folder(job)),
              "seconds": round(running.seconds(), 1), "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-             "machine": machine, "commit": facts["commit"]}
+             "machine": machine, "commit": facts.get("commit", "unknown")}
     plan.keep(entry)
     return entry
+
+
+def made_by(folder):
+    """What the env.txt of a run folder, or of its last stage, says: {cpu, gpu, commit, …}."""
+    files = [path for path in (folder / "env.txt", *folder.glob("*/env.txt")) if path.is_file()]
+    text = max(files, key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8") if files else ""
+    return dict(line.partition(": ")[::2] for line in text.splitlines())
+
+
+def validation(folder):
+    """[(step, mIoU)] of a run's log.jsonl; a line cut by a kill is skipped."""
+    points = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                points += [(record["step"], record["val_mIoU"])] if "val_mIoU" in record else []
+    return points
 
 
 def stop(running):
@@ -402,89 +421,104 @@ def stop(running):
         one.lock.close()
 
 
-def run_all(plans, args):
-    """Run every job of `plans`, at most --jobs at a time. Returns the failed jobs with the reason, [(plan, job, text)]."""
-    waiting, known, total = [], [], 0
-    for plan in plans:
-        wanted, done = plan.jobs()
-        waiting += [(plan, job) for job in wanted]
-        known += [entry["seconds"] for dataset in plan.datasets for entry in plan.results(dataset)
-                  if not plan.table.row(entry["row"]).run_of]
-        print(f"{plan.table.name}: {done} results are there, {len(wanted)} to make", flush=True)
-    total, running, failed, ended = len(waiting), [], [], 0
-    free = [args.gpus[i % len(args.gpus)] if args.gpus else "" for i in range(args.jobs)]
-    shown = time.monotonic()
-    try:
-        while waiting or running:
-            for item in list(waiting):
-                plan, job = item
-                needed = [Job(row.name, job.dataset, job.seed) for row in plan.table.needs(plan.table.row(job.row), job.dataset)]
-                broken = next((other for p, other, _ in failed if p is plan and other in needed), None)
-                if broken:
-                    waiting.remove(item)
-                    failed.append((plan, job, f"it needs {broken}"))
-                elif free and not any((plan, other) in waiting or any(r.plan is plan and r.job == other for r in running)
-                                      for other in needed):
-                    waiting.remove(item)
-                    print(f"begin {plan.table.name}: {job}", flush=True)
-                    gpus = free.pop(0)
-                    try:
-                        running.append(begin(plan, job, gpus))
-                    except UserError as error:
-                        failed.append((plan, job, report_failure(plan, job, error, [])))
-                        free.append(gpus)
-            for one in list(running):
-                status = one.process.poll() if one.process else 0
-                if status is None:
-                    continue
+class Runner:
+    """Runs every job of some plans, at most --jobs at a time; `failed` lists (plan, job, reason)."""
+
+    def __init__(self, plans, args):
+        self.running, self.failed, self.ended, self.waiting, self.known = [], [], 0, [], []
+        self.free = [args.gpus[i % len(args.gpus)] if args.gpus else "" for i in range(args.jobs)]
+        self.slots, self.shown = args.jobs, time.monotonic()
+        for plan in plans:
+            wanted, done = plan.jobs()
+            self.waiting += [(plan, job) for job in wanted]
+            self.known += [entry["seconds"] for dataset in plan.datasets for entry in plan.results(dataset)
+                           if not plan.table.row(entry["row"]).run_of]
+            print(f"{plan.table.name}: {done} results are there, {len(wanted)} to make", flush=True)
+        self.total = len(self.waiting)
+
+    def run(self):
+        """Until nothing is left to do. On any way out before, the children are ended and what they saved is kept."""
+        try:
+            while self.waiting or self.running:
+                self.start()
+                self.look_after()
+                self.say()
+                if self.running:
+                    time.sleep(0.1)
+        except BaseException:
+            stop(self.running)
+            raise
+
+    def start(self):
+        """Start jobs whose needs are met, while there is room."""
+        for plan, job in list(self.waiting) if self.free else ():
+            needed = plan.needed(job)
+            if any(item in self.waiting or any((one.plan, one.job) == item for one in self.running) for item in needed):
+                continue
+            self.waiting.remove((plan, job))
+            broken = next((of for p, of, _ in self.failed if (p, of) in needed), None)
+            if broken:
+                self.fail(plan, job, f"it needs {broken}")
+            elif plan.is_done(job) and trained(plan.run_folder(job)):
+                self.ended += 1  # another table has just made it
+            else:
+                print(f"begin {plan.table.name}: {job}", flush=True)
+                gpus = self.free.pop(0)
                 try:
-                    if status:
-                        raise UserError(f"exit status {status}")
-                    if one.left:
-                        start_next(one)
-                        continue
-                    entry = end(one)
-                    known.append(entry["seconds"])
-                    ended += 1
-                    print(f"ended {one.plan.table.name}: {one.job}, {clock(entry['seconds'])}: " + ", ".join(
-                        f"{where} {m} {numbers[m]:.2f}" for where, numbers in entry["scores"].items()
-                        for m in one.plan.table.columns_of(one.job.dataset)[0].metrics[:1] if m in numbers), flush=True)
+                    self.running.append(begin(plan, job, gpus))
                 except UserError as error:
-                    failed.append((one.plan, one.job, report_failure(one.plan, one.job, error, tail(one.log, LAST_LINES, one.at))))
-                note(one)
-                one.lock.close()
-                running.remove(one)
-                free.append(one.gpus)
-            terminal = sys.stderr.isatty()
-            if running and time.monotonic() - shown > (1 if terminal else SAY_EVERY):
-                shown = time.monotonic()
-                line = progress(running, waiting, known, ended, total, args.jobs)
-                print(f"\r{line[:118]:118}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-            if running:
-                time.sleep(0.1)
-    except BaseException:
-        stop(running)
-        raise
-    return failed
+                    self.free.append(gpus)
+                    self.fail(plan, job, error)
+            if not self.free:
+                return
 
+    def look_after(self):
+        """Go on with the jobs whose command has ended: their next command, their result, or their failure."""
+        for one in list(self.running):
+            status = one.process.poll() if one.process else 0
+            if status is None:
+                continue
+            try:
+                if status:
+                    raise UserError(f"exit status {status}")
+                if one.left:
+                    start_next(one)
+                    continue
+                entry = end(one)
+                self.ended += 1
+                self.known.append(entry["seconds"])
+                column = one.plan.table.columns_of(one.job.dataset)[0]
+                score = entry["scores"][f"{column.on} {column.split}"][column.metrics[0]]
+                print(f"ended {one.plan.table.name}: {one.job}: {column.metrics[0]} {score:.2f} on {column.on} {column.split}, "
+                      f"{clock(entry['seconds'])}", flush=True)
+            except UserError as error:
+                self.fail(one.plan, one.job, error, tail(one.log, LAST_LINES, one.at))
+            note(one)
+            one.lock.close()
+            self.running.remove(one)
+            self.free.append(one.gpus)
 
-def report_failure(plan, job, error, lines):
-    """Say that a row failed and how its log ended; returns the reason."""
-    print(f"FAILED {plan.table.name}: {job}: {error} ({plan.folder(job) / 'row.log'})", flush=True)
-    for line in lines:
-        print(f"    | {line}", flush=True)
-    return str(error)
+    def fail(self, plan, job, reason, lines=()):
+        """Note a failed job and say how its log ended."""
+        self.failed.append((plan, job, reason))
+        print(f"FAILED {plan.table.name}: {job}: {reason} (log: {plan.folder(job) / 'row.log'})", flush=True)
+        for line in lines:
+            print(f"    | {line}", flush=True)
 
-
-def progress(running, waiting, known, ended, total, jobs):
-    """One line: how many rows, what the running ones said last, and the time left as far as earlier rows tell."""
-    states = "; ".join(f"{one.job.row} seed {one.job.seed}: {(tail(one.log, 1, one.at) or ['starts'])[0]}" for one in running)
-    left = ""
-    if known:
-        mean = sum(known) / len(known)
-        seconds = mean * len(waiting) + sum(max(0.0, mean - one.seconds()) for one in running)
-        left = f", about {clock(seconds / min(jobs, len(waiting) + len(running)))} left"
-    return f"{ended} of {total} rows{left} | {states}"
+    def say(self):
+        """Now and then one line: how many rows, the time left as far as earlier rows tell, and what the running ones said last."""
+        terminal = sys.stderr.isatty()
+        if not self.running or time.monotonic() - self.shown < (1 if terminal else SAY_EVERY):
+            return
+        self.shown, left = time.monotonic(), ""
+        if self.known:
+            mean = sum(self.known) / len(self.known)
+            seconds = mean * len(self.waiting) + sum(max(0.0, mean - one.seconds()) for one in self.running)
+            left = f", about {clock(seconds / min(self.slots, len(self.waiting) + len(self.running)))} left"
+        states = "; ".join(f"{one.job.row} seed {one.job.seed}: {(tail(one.log, 1, one.at) or ['starts'])[0]}"
+                           for one in self.running)
+        line = f"{self.ended} of {self.total} rows{left} | {states}"
+        print(f"\r{line[:118]:118}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
 
 def clock(seconds):
@@ -497,13 +531,15 @@ def clock(seconds):
 
 def show(plan):
     """Print the table and write it as Markdown and as a page."""
-    from common.runlog import read_log
     table, results = plan.table, {dataset: plan.results(dataset) for dataset in plan.datasets}
     for dataset in plan.datasets:
         print("\n" + tables.as_text(table, dataset, results[dataset]))
+        older = sum(e["dataset"] == dataset for e in tables.load_results(tables.results_path(table.path))) - len(results[dataset])
+        if older:
+            print(f"({older} results made with other settings are not shown)")
     curves = {}
     for entry in (entry for found in results.values() for entry in found if entry["seed"] == 0):
-        points = [(r["step"], r["val_mIoU"]) for r in read_log(entry["folder"]) if "val_mIoU" in r]
+        points = validation(Path(entry["folder"]))
         if points and not table.row(entry["row"]).run_of:
             curves[f"{entry['row']} {entry['dataset']}" if len(results) > 1 else entry["row"]] = points
     write_text(plan.out / "table.md", tables.as_markdown(table, plan.datasets, results))
@@ -519,7 +555,10 @@ def main(argv=None):
     found = [tables.load_table(path) for path in args.tables]
     if args.check:
         from common.rowcheck import check
-        return check(found, args.rows, args.jobs)
+        for table in found:
+            tables.among(f"{table.path}, --rows", args.rows, [row.name for row in table.rows])
+        return check([(table, row) for table in found for row in table.rows
+                      if row.built and (row.name in args.rows or not args.rows)], args.jobs)
     plans = [Plan(table, args) for table in found]
     if args.dry_run:
         for plan in plans:
@@ -528,7 +567,8 @@ def main(argv=None):
         return 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        failed = run_all(plans, args)
+        runner = Runner(plans, args)
+        runner.run()
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print("\nstopped; the same command goes on from here", flush=True)
@@ -537,9 +577,9 @@ def main(argv=None):
         signal.signal(signal.SIGTERM, before)
     for plan in plans:
         show(plan)
-    for plan, job, reason in failed:
+    for plan, job, reason in runner.failed:
         print(f"FAILED {plan.table.name}: {job}: {reason}")
-    return 1 if failed else 0
+    return 1 if runner.failed else 0
 
 
 if __name__ == "__main__":

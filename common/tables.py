@@ -12,8 +12,6 @@ import statistics
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from scipy import stats
-
 from common import pictures
 from common.config import REPOSITORY, UserError, load_yaml, nearest, write_text
 
@@ -309,6 +307,7 @@ def verdict(differences, published):
         return "one seed"
     mean, half = statistics.fmean(differences), 0.0
     if any(d != differences[0] for d in differences):
+        from scipy import stats  # slow to load, and few calls need it
         half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
     if abs(mean) <= half:
         return "cannot tell"

@@ -142,7 +142,7 @@ STYLE = """
 main{max-width:1000px;padding:.6rem .8rem 1rem}#study header{flex-wrap:nowrap;align-items:center;gap:.8rem}
 progress{flex:1;min-width:3rem;accent-color:var(--accent)}article{margin:0 0 .8rem}#start,#end{max-width:40rem;margin-top:1.5rem}
 .item .sentence{font-size:1.35rem;margin:.6rem 0;min-height:2.6rem;display:flex;align-items:center}
-.photo{position:relative;width:min(100%,calc((100vh - 13rem)*var(--ratio)));width:min(100%,calc((100dvh - 13rem)*var(--ratio)))}
+.photo{position:relative;width:min(100%,calc(max(100vh - 13rem,18rem)*var(--ratio)))}
 .photo img{cursor:crosshair;touch-action:manipulation;user-select:none;-webkit-user-select:none}
 .mark{position:absolute;width:22px;height:22px;margin:-11px 0 0 -11px;border:3px solid #fff;border-radius:50%;
 background:rgb(232 93 36/.75);box-shadow:0 0 0 2px #000;pointer-events:none}

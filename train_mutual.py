@@ -1128,7 +1128,8 @@ def chosen_stages(args):
     if args.stage == ["all"]:
         left_out = {stage for stage, why in impossible.items() if why}
         left_out |= {"2"} if not args.dsup else set()
-        left_out |= {"generate", "3"} if not args.gsup or "generate" in left_out and not args.reuse else set()
+        left_out |= {"3"} if not args.gsup or "generate" in left_out and not args.reuse else set()
+        left_out |= {"generate"} if "3" in left_out else set()
         left_out |= {"pretrain"} if args.official else set()
         return [stage for stage in STAGES if stage not in left_out]
     wrong = next((stage for stage in args.stage if impossible.get(stage)), None)

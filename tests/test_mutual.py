@@ -1,0 +1,397 @@
+"""Mutual supervision: each equation against its plain form, each stage and flag, beam search, and the edges of matching."""
+import itertools
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_mutual as mutual
+from common import captions, checkpoint, data, distributed
+from common.config import UserError, parse
+from common.text import SPECIAL, WordPiece
+from data_prep import coco
+from tests.conftest import command
+from tests.test_learns import sixteen  # noqa: F401: a fixture
+
+YAML = ["--yaml", "yaml/mutual_refshapes.yaml"]
+TINY = [*YAML, "--size", "64", "--dim", "16", "--heads", "2", "--ffn", "16", "--encoder-ffn", "16", "--decoder-layers", "1", "--queries",
+        "6", "--head-layers", "2", "--bert-layers", "1", "--bert-dim", "16", "--bert-heads", "2", "--points", "32", "--batch-size", "4",
+        "--pretrain-batch-size", "4", "--dsup-batch-size", "4", "--eval-splits"]
+STEPS = ["--pretrain-steps", "2", "--max-steps", "2", "--dsup-steps", "2", "--rb-steps", "2", "--min-area", "0"]
+VOCABULARY = WordPiece([*SPECIAL, "red", "blue", "ball", "box", "left"])
+ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
+
+
+def build(*flags, stage="1", seed=0):
+    args = mutual.of_stage(parse(mutual.get_parser(), [*TINY, *flags]), stage)
+    torch.manual_seed(seed)
+    return args, mutual.build_model(args, VOCABULARY)
+
+
+def batch():
+    """Two images with two objects and one, four sentences, one of which means no object, one of them generated."""
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.zeros(3, 64, 64, dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        mask[8 + 16 * i:24 + 16 * i, 8:40] = True
+    targets = {"masks": masks, "labels": torch.tensor([0, 3, 8]), "object": torch.arange(3), "count": torch.tensor([2, 1]),
+               "meant": torch.tensor([1, 0, 0, -1]), "generated": torch.tensor([False, True, False, False])}
+    text = data.pad_text([VOCABULARY(said) for said in ("red ball", "blue box left", "ball", "left")])
+    return torch.randint(0, 256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), text, targets
+
+
+def rewards(args, model):
+    references = [[["red", "ball"]], [["blue", "box"]], [["ball"]], [["left"]]]
+    return partial(mutual.reward, args=args, model=model, vocabulary=VOCABULARY, references=references,
+                   df=captions.document_frequency(references))
+
+
+def features(model, seed=2, images=2):
+    generator = torch.Generator().manual_seed(seed)
+    n, dim = model.use.queries, model.use.dim
+    return {"queries": torch.randn(images, n, dim, generator=generator), "masks": torch.randn(images, n, 16, 16, generator=generator),
+            "classes": torch.randn(images, n, 10, generator=generator)}
+
+
+# ---- the model ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage, flags", [
+    ("pretrain", []), ("pretrain", ["--input", "box"]), ("1", []), ("1", ["--tasks", "res"]), ("1", ["--tasks", "reg"]), ("1", ["--no-e2e"]),
+    ("1", ["--no-indicator"]), ("1", ["--checkpoint-encoder"]), ("1", ["--dropout", "0.1"]), ("2", []), ("2", ["--reward", "unambiguity"]),
+    ("2", ["--reward", "cider", "--baseline", "none"]), ("2", ["--score", "sigmoid"]), ("3", ["--pseudo-weight", "1"]), ("rb", [])],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_each_stage_trains_what_it_should(stage, flags):
+    """Every parameter of a stage's parts gets a gradient, every other none, under each flag."""
+    args, model = build(*flags, stage=stage)
+    images, image_of, text, targets = batch()
+    out = model.train()(images, image_of, text, targets, 1.5, rewards(args, model))
+    terms = mutual.loss_terms(out, targets, text, args)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name.split(".")[0] in mutual.TRAINED[stage]), name
+    assert not any(part.training for name, part in model.named_children() if name not in mutual.TRAINED[stage])
+    if stage == "1" and "--tasks" not in flags:
+        model.zero_grad()
+        mutual.loss_terms(model(images, image_of, text, targets), targets, text, args)["sel"].backward()
+        reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.extractor.parameters())
+        assert reached == ("--no-e2e" not in flags)
+
+
+def test_eq1_memory_is_that_of_indicated_objects():
+    _, model = build()
+    O, image_of, k = features(model)["queries"], torch.tensor([1, 0, 1]), torch.tensor([0, 5, 3])
+    for layer, (keys, values) in zip(model.generator.layers, model.generator.memory(O, image_of, k)):
+        for e in range(3):
+            Z = torch.stack([model.generator.positive if i == k[e] else model.generator.negative for i in range(6)])
+            expected = layer.cross.keys((O[image_of[e]] + Z)[None])
+            assert torch.allclose(keys[e], expected[0][0], atol=1e-5) and torch.allclose(values[e], expected[1][0], atol=1e-5)
+    _, model = build("--no-indicator")
+    assert model.generator.memory(O, image_of, k)[0][0].shape[2] == 1
+
+
+def test_eq2_and_weights_by_hand():
+    """L_gen sums over a sentence's words and leaves out generated ones; L_sel weighs them; k = -1 teaches nothing."""
+    args, _ = build("--pseudo-weight", "0.1", "--gen-weight", "2")
+    _, _, text, targets = batch()
+    k, scores, words = torch.tensor([2, 1, 0, -1]), torch.randn(4, 6), torch.randn(4, text.shape[1] - 1, len(VOCABULARY))
+    terms = mutual.loss_terms({"k": k, "scores": scores, "words": words}, targets, text, args)
+    gen = sum(words[e, t].softmax(-1)[text[e, t + 1]].log() for e in (0, 2) for t in range(text.shape[1] - 1) if text[e, t + 1])
+    sel = sum(weight * scores[e].softmax(-1)[k[e]].log() for e, weight in ((0, 1), (1, 0.1), (2, 1)))
+    assert torch.allclose(terms["gen"], -2 * gen) and torch.allclose(terms["sel"], -sel)
+
+
+def test_eq3_equals_its_plain_form():
+    """Each sentence alone, unpadded, on its own copy of the proposals, through the same layers."""
+    _, model = build()
+    head, (_, image_of, text, _) = model.eval().selector, batch()
+    O = features(model)["queries"]
+    with torch.no_grad():
+        found = head(O, image_of, F.pad(text, (0, 3)))
+        for e in range(len(text)):
+            ids = text[e, text[e] != 0][None]
+            words, x = head.project(head.bert(ids, ids != 0)), O[image_of[e]][None]
+            for layer in head.layers:
+                x = layer.norms[0](x + layer.own(x, layer.own.keys(x)))
+                x = layer.norms[1](x + layer.cross(x, layer.cross.keys(words)))
+                x = layer.norms[2](x + layer.feed_forward(x))
+            assert torch.allclose(found[e], head.score(x)[0, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_eq4_gradient(baseline):
+    r, valid = torch.tensor([[3.0, 1.0, 2.0], [5.0, 9.0, 9.0]]), torch.tensor([[True, True, True], [True, False, False]])
+    log_p = torch.randn(2, 3, requires_grad=True)
+    mutual.policy_loss(log_p, r, valid, baseline).backward()
+    expected = torch.tensor([[3.0, 1.0, 2.0], [15.0, 0.0, 0.0]]) if baseline == "none" else torch.tensor([[1.5, -1.5, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.allclose(log_p.grad, -expected / 3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--reward", "unambiguity", "--tau", "1", "--alpha", "1"], ["--score", "sigmoid"], ["--reward", "cider"]],
+                         ids=" ".join)
+def test_eq5_and_6(flags):
+    args, model = build("--hypotheses", "2", *flags)
+    model.eval()
+    seen, image_of, k = features(model), torch.tensor([0, 1, 0, 1]), torch.tensor([2, 4, 0, -1])
+    found = [[([VOCABULARY.ids[word] for word in said.split()], -1.0) for said in ("red ball", "box")][:n] for n in (2, 1, 2)] + [[([], -np.inf)]]
+    reward = rewards(args, model)
+    values, shown = reward(seen, image_of, k, found)
+    for e, r in ((0, 0), (0, 1), (1, 0), (2, 1)):
+        said = VOCABULARY.decode(found[e][r][0])
+        with torch.no_grad():
+            S = model.select(seen, image_of[e:e + 1], torch.tensor([VOCABULARY(said)]))[0]
+        share = S[k[e]].sigmoid() if args.score == "sigmoid" else (S[k[e]] / args.tau).exp() / (S / args.tau).exp().sum()
+        cider = captions.cider_d([said.split()], [reward.keywords["references"][e]], reward.keywords["df"])[0]
+        expected = args.alpha * share * (args.reward != "cider") + cider * (args.reward != "unambiguity")
+        assert values[e, r].item() == pytest.approx(float(expected), abs=1e-4)
+    assert values[1, 1] == 0 and len(shown) == 2
+
+
+def test_beam_search_is_exhaustive_and_caches_are_exact():
+    """A beam as wide as the number of sentences finds all of them, at the log p that one uncached pass gives them."""
+    _, model = build()
+    model.eval()
+    seen, image_of, k = features(model), torch.tensor([0, 1]), torch.tensor([3, 1])
+    pieces = [i for i in range(len(VOCABULARY)) if i not in (0, 1, 2, 3, 4)]
+    every = [list(ids) for length in (1, 2, 3) for ids in itertools.product(pieces, repeat=length)]
+    ids, _ = model.generator.rows([[(said, 0.0) for said in every]] * 2, len(every), "cpu")
+    with torch.no_grad():
+        log_p = model.generator.log_p(seen["queries"], image_of, k, ids)
+    found = model.describe(seen, image_of, k, len(every), 3, len(every))
+    for e in range(2):
+        expected = sorted(zip(every, log_p[e].tolist()), key=lambda pair: -pair[1])
+        assert [said for said, _ in found[e][:20]] == [said for said, _ in expected[:20]] and len(found[e]) == len(every)
+        assert np.allclose([p for _, p in found[e]], [p for _, p in expected], atol=1e-4)
+    narrow = model.describe(seen, image_of, k, 3, 3, 2)
+    assert all(len(n) == 2 and n[0][1] <= f[0][1] + 1e-5 for n, f in zip(narrow, found))
+    alone = model.describe(seen, image_of[1:], k[1:], 3, 3, 2)[0]
+    assert [said for said, _ in alone] == [said for said, _ in narrow[1]] and np.allclose(alone[0][1], narrow[1][0][1], atol=1e-5)
+    with pytest.raises(UserError, match="31 word pieces"):
+        model.describe(seen, image_of, k, 3, 31)
+
+
+def test_neither_padding_nor_neighbours_matter():
+    _, model = build()
+    images, image_of, text, _ = batch()
+    with torch.inference_mode():
+        out = model.eval().segment(model.encode_image(images), image_of, F.pad(text, (0, 4)))
+        alone = model.segment(model.encode_image(images[1:]), torch.tensor([0]), text[2:3, :3])
+    assert out["prob"].shape == (4, 64, 64) and torch.allclose(out["prob"][2:3], alone["prob"], atol=1e-5)
+    assert torch.allclose(out["score"], out["proposals"].amax(1)) and torch.allclose(out["proposals"].sum(1), torch.ones(4))
+    assert torch.allclose(out["heat"]["S"][2:3], alone["heat"]["S"], atol=1e-5)
+
+
+# ---- objects and proposals ----------------------------------------------------------------------------------
+
+def test_locate_none_one_and_a_hundred():
+    """Each object its own proposal; without objects nothing; of a hundred objects as many as there are proposals."""
+    _, model = build()
+    seen = features(model)
+    own = F.interpolate((seen["masks"] > 0).float(), scale_factor=4).bool()                       # proposals' masks as objects
+    k = model.locate(seen, torch.tensor([0, 1, 1]), torch.stack([own[0, 4], own[1, 2], own[1, 0]]))
+    assert k.tolist() == [4, 2, 0]
+    assert model.locate(seen, torch.zeros(0, dtype=torch.int64), own[0, :0]).shape == (0,)
+    many = model.locate(seen, torch.zeros(100, dtype=torch.int64), torch.rand(100, 64, 64) > 0.5)
+    assert sorted(many[many >= 0].tolist()) == list(range(6)) and (many == -1).sum() == 94
+    assert model.describe(seen, torch.zeros(3, dtype=torch.int64), torch.tensor([1, -1, 0]))[1] == [([], -np.inf)]
+    assert model.describe(seen, torch.zeros(1, dtype=torch.int64), torch.tensor([-1])) == [[([], -np.inf)]]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "1", "2", "rb"])
+@pytest.mark.parametrize("objects", [0, 100])
+def test_stages_on_images_with_no_object_and_with_a_hundred(stage, objects):
+    args, model = build(stage=stage)
+    images, image_of, text, _ = batch()
+    targets = {"masks": torch.rand(2 * objects, 64, 64) > 0.5, "labels": torch.zeros(2 * objects, dtype=torch.int64),
+               "count": torch.tensor([objects, objects]), "meant": torch.full((4,), objects - 1), "generated": torch.zeros(4, dtype=torch.bool)}
+    terms = mutual.loss_terms(model(images, image_of, text, targets, float(objects), rewards(args, model)), targets, text, args)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_propose_gives_one_of_two_copies():
+    _, model = build()
+    seen = features(model, images=1)
+    seen["masks"].fill_(-5)
+    seen["masks"][0, :2, 2:9, 2:9] = 5  # two copies, one of them surer, and another instance
+    seen["masks"][0, 2, 10:, 10:] = 5
+    seen["classes"].fill_(-9)[..., -1] = 9
+    for i, logit in enumerate((9.0, 8.0, 8.5)):
+        seen["classes"][0, i, i], seen["classes"][0, i, -1] = logit, 0
+    (index, score, prob), = model.propose(seen, 0.5)
+    assert index.tolist() == [0, 2] and (score > 0.9).all() and prob.shape == (2, 64, 64)
+    assert model.propose(seen, 1.1)[0][2].shape == (0, 64, 64)
+
+
+def test_filled_boxes():
+    masks = torch.rand(5, 9, 7) > 0.9
+    masks[0] = False
+    for mask, box in zip(masks, mutual.filled_boxes(masks)):
+        y, x = torch.nonzero(mask, as_tuple=True)
+        expected = torch.zeros_like(mask)
+        if len(y):
+            expected[y.min():y.max() + 1, x.min():x.max() + 1] = True
+        assert torch.equal(box, expected)
+
+
+# ---- corpora ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def root(shapes):
+    coco.shapes(shapes, jobs=1)
+    return shapes
+
+
+def test_targets(root):
+    """An image's objects without crowds, each sentence's place among them, also when jitter moves one off the canvas."""
+    path = root / "refshapes" / "train.json"
+    prepared = data.load_prepared(path)
+    image, first = prepared["images"][0]["id"], prepared["objects"][0]
+    crowd = next(o for o in prepared["objects"] if o["image_id"] == image and o is not first)
+    crowd["iscrowd"] = 1
+    dataset = mutual.labelled(data.RefDataset(path, lambda text: [1], data.Canvas(64), partial(mutual.make_targets, box=False, stride=1),
+                                              prepared=prepared), 9)
+    keys = (0, 0, dataset.of_image[0])
+    targets = dataset[keys]["targets"]
+    inside = [o for o in prepared["objects"] if o["image_id"] == image and not o["iscrowd"]]
+    assert targets["count"].item() == len(inside) == len(targets["masks"]) and targets["labels"].tolist() == [o["category_id"] - 1 for o in inside]
+    for e, meant in zip(dataset.of_image[0].tolist(), targets["meant"].tolist()):
+        named = prepared["expressions"][e]["object_ids"][0]
+        assert (inside[meant]["id"] if meant >= 0 else crowd["id"]) == named
+    seen = [dataset.view(augment=partial(mutual.jitter, low=3, high=3), seed=seed)[keys]["targets"] for seed in range(5)]
+    assert any(t["count"] < len(inside) for t in seen) and all(t["masks"].flatten(1).any(1).all() for t in seen)
+    with pytest.raises(UserError, match="9 categories"):
+        mutual.labelled(dataset, 80)
+
+
+def test_average_precision_of_the_truth(root):
+    path = root / "cocoshapes" / "val.json"
+    args = mutual.of_stage(parse(mutual.get_parser(), [*TINY, "--size", "128"]), "pretrain")
+    dataset = mutual.labelled(data.RefDataset(path, lambda text: [1], data.Canvas(128), prepared=mutual.wordless(path)), 9)
+
+    class Oracle(torch.nn.Module):
+        images = iter(range(len(dataset.image_ids)))
+
+        def encode_image(self, pictures):
+            masks, classes = torch.full((len(pictures), 12, 128, 128), -9.0), torch.full((len(pictures), 12, 10), -9.0)
+            for b in range(len(pictures)):
+                image = next(self.images)
+                frame = dataset.canvas.frame(*map(int, dataset.sizes[image]))
+                for n, i in enumerate(np.flatnonzero(dataset.object_image == image)):
+                    masks[b, n] = 18 * frame.masks_in(dataset.object_mask(i)[None])[0] - 9
+                    classes[b, n, dataset.labels[i]] = 9
+            return {"masks": masks, "classes": classes}
+
+    assert mutual.average_precision(args, ALONE, Oracle(), dataset) > 90
+
+
+@pytest.mark.parametrize("flags, kept", [(["--min-area", "0"], 3), (["--min-area", "500"], None), (["--min-area", "500", "--pseudo-filter", "random"], None)],
+                         ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_generated_sentences_join_the_corpus(root, flags, kept):
+    path, pool_path = root / "refshapes" / "train.json", root / "cocoshapes" / "pool.json"
+    pool, real = data.load_prepared(pool_path), data.RefDataset(path, None, None)
+    objects = sorted(pool["objects"], key=lambda o: o["area"])[::4]
+    said = {o["id"]: ["red ball", "the left one"] for o in objects}
+    merged = mutual.with_generated(path, pool_path, said, parse(mutual.get_parser(), [*TINY, *flags]))
+    new = [e for e, source in enumerate(merged.sources) if source == "generated"]
+    large = {o["id"] for o in objects if o["area"] > (0 if kept else 500)}
+    meant = {int(merged.object_ids[merged.objects_of[e][0]]) for e in new}
+    assert len(meant) == len(large) and 0 < len(large) and (("random" in flags) or meant == large)
+    assert len(merged) - len(real) == len(new) == 2 * len(meant) and len({int(merged.ref_ids[e]) for e in new}) == len(meant)
+    assert merged.picture(int(merged.expression_image[new[0]])).shape[0] == 3 and merged.picture(0).shape == real.picture(0).shape
+    with pytest.raises(UserError, match="has no object 5"):
+        mutual.with_generated(path, pool_path, {5: ["x"]}, parse(mutual.get_parser(), TINY))
+
+
+@pytest.mark.parametrize("stage, step, expected", [
+    ("1", 59999, 5e-4), ("1", 60003, 5e-5), ("1", 80001, 5e-6), ("3", 80001, 5e-6), ("2", 19999, 1e-6), ("pretrain", 327777, 1e-4), ("pretrain", 356000, 1e-6)])
+def test_learning_rates_of_appendix_b(stage, step, expected):
+    args = mutual.of_stage(parse(mutual.get_parser(), [], own_yaml=mutual.YAML), stage)
+    assert mutual.learning_rate(args, step, args.max_steps) == pytest.approx(expected, rel=1e-6)
+    assert {"1": (90000, 8), "2": (20000, 4), "3": (90000, 8), "pretrain": (368750, 16)}[stage] == (args.max_steps, args.batch_size)
+
+
+def test_parameter_groups():
+    """Backbone and BERT at a tenth, norms and embeddings without decay, everything trained in exactly one group."""
+    args, model = build("--backbone-lr", "0.1", "--bert-lr", "0.1", "--weight-decay", "0.05")
+    where = {id(p): (group["share"], group["weight_decay"]) for group in mutual.parameter_groups(args, model) for p in group["params"]}
+    names = {name: where.pop(id(p)) for name, p in model.named_parameters()}
+    assert not where
+    for part, expected in (("extractor.backbone.stem.0.0.weight", (0.1, 0.05)), ("extractor.backbone.stem.0.1.weight", (0.1, 0.0)),
+                           ("selector.bert.embeddings.word_embeddings.weight", (0.1, 0.0)), ("selector.layers.0.own.query.weight", (1.0, 0.05)),
+                           ("extractor.predictor.query_feat.weight", (1.0, 0.0)), ("generator.positive", (1.0, 0.0))):
+        assert names[part] == expected, part
+
+
+# ---- the chain ----------------------------------------------------------------------------------------------
+
+def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
+    """All stages, one after the other; what is done is not done again; what a stage did not train is as it was."""
+    flags, out = [*TINY, *STEPS, "--data-root", str(root), "--out", str(tmp_path / "run")], tmp_path / "run"
+    with pytest.raises(UserError, match="pretrain/best.pt does not exist"):
+        mutual.main([*flags, "--stage", "1"])
+    mutual.main([*flags, "--stage", "pretrain", "1"])
+    assert not (out / "2").exists()
+    mutual.main(flags)
+    said = capsys.readouterr().out
+    assert "stage 1 is done" in said and (out / "generate" / "done.json").is_file()
+    weights = {stage: checkpoint.load(out / stage / "best.pt")["model"] for stage in ("1", "2", "3", "rb")}
+    for stage, parts in (("2", ("extractor", "selector")), ("rb", ("extractor", "generator"))):
+        same = {name for name, value in weights[stage].items() if torch.equal(value, weights["1"][name])}
+        assert {name for name in weights["1"] if name.split(".")[0] in parts} <= same < set(weights["1"])
+    mutual.main(flags)
+    said = capsys.readouterr().out
+    assert all(f"stage {stage} is done" in said for stage in mutual.STAGES)
+    with pytest.raises(UserError, match="begun with --alpha"):
+        mutual.main([*flags, "--alpha", "1"])
+
+    # generate: cut short in the middle of a line, written on by two shards' worth, nothing twice
+    folder = out / "generate"
+    whole = {line["image"]: line for line in mutual.read_shards(folder)}
+    text = (folder / "rank0.jsonl").read_text().splitlines()
+    (folder / "rank0.jsonl").write_text("\n".join(text[:-1] + [text[-1][:30]]))
+    (folder / "done.json").unlink()
+    mutual.main([*flags, "--stage", "generate"])
+    assert {line["image"]: line for line in mutual.read_shards(folder)} == whole and len(whole) == len(data.load_prepared(root / "cocoshapes" / "pool.json")["images"])
+    (folder / "done.json").unlink()
+    with pytest.raises(UserError, match="holds sentences of other weights"):
+        mutual.main([*flags, "--stage", "generate", "--expressions", "2"])
+
+    # another run's stages serve
+    mutual.main([*flags[:-1], str(tmp_path / "other"), "--reuse", str(out), "--stage", "2", "--reward", "unambiguity"])
+    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["2"]
+
+
+@pytest.mark.parametrize("flags, stages", [
+    ([], "pretrain 1 2 generate 3 rb"), (["--no-dsup"], "pretrain 1 generate 3 rb"), (["--no-gsup"], "pretrain 1 2 rb"),
+    (["--tasks", "res"], "pretrain 1"), (["--tasks", "res", "--reuse", "x"], "pretrain 1 3"), (["--tasks", "reg"], "pretrain 1"),
+    (["--official", "x.pkl"], "1 2 generate 3 rb"), (["--stage", "rb", "2"], "2 rb"), (["--stage", "2", "--tasks", "reg"], None)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_chosen_stages(flags, stages):
+    args = parse(mutual.get_parser(), [*TINY, *flags])
+    if stages is None:
+        with pytest.raises(UserError, match="makes no sense"):
+            mutual.chosen_stages(args)
+    else:
+        assert mutual.chosen_stages(args) == stages.split()
+
+
+# ---- overfitting gates --------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_overfits_sixteen_images(sixteen):  # noqa: F811
+    """16 images: every sentence finds its object, and every object is described in the very words of one of its sentences."""
+    coco.shapes(sixteen, jobs=1)
+    shutil.copy(sixteen / "cocoshapes" / "train.json", sixteen / "cocoshapes" / "val.json")
+    out = sixteen / "run"
+    done = command("train_mutual.py", *YAML, "--data-root", sixteen, "--out", out, "--stage", "pretrain", "1", "--flip", "0", "--jitter", "1", "1",
+                   "--jitter-flip", "0", "--pretrain-steps", "600", "--max-steps", "1200", "--eval-every", "100000", "--eval-splits", "val", timeout=3000)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "1" / "eval" / "refshapes_val.json").read_text())["mIoU"] >= 90
+    rows = [json.loads(line) for line in (out / "1" / "eval" / "refshapes_val_reg.jsonl").read_text().splitlines()]
+    right = sum(captions.tokenize(row["sentence"]) in [captions.tokenize(text) for text in row["references"]] for row in rows)
+    assert len(rows) >= 16 and right >= max(16, 0.9 * len(rows))

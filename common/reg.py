@@ -184,7 +184,7 @@ def summarise(rows, dataset, references, seconds=0.0, checkpoint="", settings=No
     heard = rows and rows[0]["referred_back"] is not None
     return {"dataset": dataset.name, "split": dataset.split, "task": "reg", "n": len(rows),
             "CIDEr": mean([row["CIDEr"] for row in rows]), "METEOR": corpus_meteor,
-            "Rb-Acc": 100 * mean([row["referred_back"] for row in rows]) if heard else None,
+            "Rb-Acc": round(100 * mean([row["referred_back"] for row in rows]), 4) if heard else None,
             "mean_references": mean([len(row["references"]) for row in rows]), "no_proposal": sum(row["k"] < 0 for row in rows),
             "images": len({row["image_id"] for row in rows}), "seconds": round(seconds, 2), "checkpoint": str(checkpoint),
             "settings": settings or {}}

@@ -1,42 +1,76 @@
 """Speed and memory as ratios, each against a peer or a plain form in the same process.
 
-    python -m tests.bench                 every row
-    python -m tests.bench --only grouped  rows whose name contains the word
+    python -m tests.bench                     every row, about ten minutes on two cores
+    python -m tests.bench crf mask2former     rows whose name contains one of the words
 
-A ratio above 1 means that we are faster (or smaller). Times are the median of several rounds that alternate between the
-two sides, after one round of warming up. The plain forms stand in this file and say what they stand for.
+A ratio above 1 means that we are faster, or smaller. Times are the median of several rounds that alternate between the two
+sides, after one round of warming up; memory is the peak of resident memory above what lay there before. The plain forms stand
+in this file, or in the test that shows that they give the same, and say what they stand for.
 """
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import skimage.data
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
+from pycocotools import mask as coco
 
 import train_lts
-from common import data
-from common.backbones import Darknet53
-from common.config import parse
-from common.masks import encode
-from common.text import Vocabulary
+import train_mutual
+import train_pks
+import train_seqtr_partial
+import train_tseg
+from common import checkpoint, data
+from common.backbones import Darknet53, ViT
+from common.captions import cider_d, document_frequency
+from common.config import REPOSITORY, UserError, parse
+from common.crf import dense_crf
+from common.losses import gated_crf_loss
+from common.mask2former import Mask2Former
+from common.masks import from_polygons
+from common.matrix_nms import matrix_nms
+from common.text import SPECIAL, Vocabulary, WordPiece
 
-SENTENCES_PER_IMAGE = 7.2  # RefCOCO val: 10,834 sentences over 1,500 images
-ROWS = []
+PEER = 0.95  # the least ratio against a peer that does the same arithmetic
+SHARE = 0.8  # the least share of its bound that grouped evaluation reaches
+SENTENCES = 7  # of an image; RefCOCO val: 10,834 sentences over 1,500 images
 
 
-def row(function):
-    """Register a row; the function returns {"ratio", and whatever else is worth a column}."""
-    ROWS.append(function)
-    return function
+@dataclass
+class Row:
+    """A benchmark: `run(toy)` -> {"ratio", and whatever else is worth a figure}; the least ratios of time and memory."""
+    run: object
+    goal: float = 0.0
+    memory_goal: float = 0.0
 
+
+ROWS = {}
+
+
+def row(goal=0.0, memory_goal=0.0, **variants):
+    """Register a function as a row, or, with `variants` {suffix: arguments}, as several of them with the goals first."""
+    def register(function):
+        for suffix, (goal_, *arguments) in (variants or {"": (goal,)}).items():
+            name = f"{function.__name__}_{suffix}" if suffix else function.__name__
+            ROWS[name] = Row(partial(function, *arguments), goal_, memory_goal)
+            ROWS[name].run.__doc__ = function.__doc__
+        return function
+    return register
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------
 
 def seconds(*sides, rounds=5):
     """Median seconds of each side, taken in turns so that a busy moment meets all of them."""
@@ -45,51 +79,280 @@ def seconds(*sides, rounds=5):
         for times, side in zip(taken, sides):
             started = time.perf_counter()
             side()
-            if i:
+            if i or rounds == 1:
                 times.append(time.perf_counter() - started)
     return [statistics.median(times) for times in taken]
 
 
-@row
+def peak(side):
+    """MiB of resident memory that `side()` needs at its peak, above what lies there before."""
+    def read(name):
+        with open("/proc/self/status", encoding="ascii") as file:
+            return int(next(line for line in file if line.startswith(name)).split()[1])
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier sides gave back must not be this side's for nothing
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak starts anew
+    before = read("VmRSS")
+    side()
+    return max(read("VmHWM") - before, 1) / 1024
+
+
+def compare(ours, plain, toy, rounds=5):
+    """The figures of two functions that do the same."""
+    s, plain_s = seconds(ours, plain, rounds=1 if toy else rounds)
+    mib, plain_mib = peak(ours), peak(plain)
+    return {"ratio": plain_s / s, "memory": plain_mib / mib, "s": s, "plain s": plain_s, "MiB": mib, "plain MiB": plain_mib}
+
+
+class one_thread:
+    """Within it torch computes on one thread, as a peer does that knows no other way."""
+
+    def __enter__(self):
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)
+
+
+# ---- evaluation and decoding --------------------------------------------------------------------------------
+
+METHODS = {  # script, its paper's network without weight files, a smaller one for tests
+    "lts": (train_lts, [], ["--size", "64", "--dim", "16", "--backbone", "small", "--finest-stride", "4"]),
+    "pks": (train_pks, ["--size", "400", "--max-size", "672"], ["--size", "64", "--max-size", "0", "--dim", "16", "--backbone", "small"]),
+    "partial": (train_seqtr_partial, [], ["--size", "64", "--dim", "16", "--heads", "2", "--text-dim", "16", "--points", "3",
+                                          "--backbone", "small", "--finest-stride", "4"]),
+    "tseg": (train_tseg, [], ["--size", "64", "--vit-dim", "12", "--vit-heads", "2", "--vit-depth", "1", "--bert-layers", "1"]),
+    "mutual": (train_mutual, ["--size", "512"], ["--size", "64", "--queries", "5", "--dim", "16", "--heads", "2", "--backbone", "small",
+                                                 "--encoder-layers", "1", "--decoder-layers", "1", "--bert-layers", "1"]),
+}
+
+
+def build(method, toy):
+    """(script, model, vocabulary size, an image as its canvas holds one of 640x480) of a paper's network, untrained."""
+    script, flags, small = METHODS[method]
+    known = vars(script.get_parser().parse_args([]))
+    flags = [word for flag, value in (("weights", "none"), ("text-weights", "none"), ("bert-weights", "none"), ("embeddings", "random"))
+             if flag.replace("-", "_") in known for word in (f"--{flag}", value)] + (small if toy else flags)
+    args = parse(script.get_parser(), flags, own_yaml=script.YAML)
+    size = 100 if toy else 30522 if script.make_vocabulary is WordPiece else 10_000
+    vocabulary = script.make_vocabulary([*SPECIAL, *(f"w{i}" for i in range(size))])
+    torch.manual_seed(0)
+    frame = script.frontend(args, vocabulary)[1].frame(640, 480)
+    images = torch.randint(0, 256, (1, 3, frame.canvas_height, frame.canvas_width), dtype=torch.uint8)
+    return script, script.build_model(args, vocabulary).eval(), size, images
+
+
+@row(**{method: (0.0, method) for method in METHODS})
 @torch.inference_mode()
-def grouped_evaluation_lts():
-    """LTS, Darknet-53 at 416: all sentences of an image on one visual encoding, against one whole pass per sentence."""
-    args = parse(train_lts.get_parser(), ["--weights", "none", "--embeddings", "random"])
-    model = train_lts.build_model(args, Vocabulary([f"w{i}" for i in range(1000)])).eval()
-    images, n = torch.randint(0, 256, (5, 3, 416, 416), dtype=torch.uint8), round(5 * SENTENCES_PER_IMAGE)
-    image_of = torch.arange(n) * 5 // n
-    text = torch.randint(2, 1000, (n, 8))
-
-    def grouped():
-        model.segment(model.encode_image(images), image_of, text)
-
-    def by_sentence():
-        for e in range(n):
-            model.segment(model.encode_image(images[image_of[e]][None]), torch.tensor([0]), text[e:e + 1])
-
-    def vision():
-        for image in images:
-            model.encode_image(image[None])
-
-    ours, plain, shared = seconds(grouped, by_sentence, vision, rounds=3)
-    each = plain / n - shared / 5  # what a sentence costs beside the image's encoding
-    return {"ratio": plain / ours, "bound": plain / (shared + n * each), "ours s": ours, "plain s": plain}
+def grouped(method, toy=False):
+    """the sentences of an image on one encoding of it, against a whole pass for each of them (PKS and mutual supervision at half
+    their papers' size); the bound is what sharing the encoding alone allows"""
+    _, model, size, images = build(method, toy)
+    text, image_of = torch.randint(6, size, (SENTENCES, 8)), torch.zeros(SENTENCES, dtype=torch.int64)
+    all_, one, vision = seconds(lambda: model.segment(model.encode_image(images), image_of, text),
+                                lambda: model.segment(model.encode_image(images), image_of[:1], text[:1]),
+                                lambda: model.encode_image(images), rounds=1 if toy else 3)
+    ratio, bound = SENTENCES * one / all_, SENTENCES * one / (vision + SENTENCES * max(0.0, one - vision))
+    return {"ratio": ratio, "bound": bound, "share of bound": ratio / bound, "share goal": SHARE, "s": all_, "plain s": SENTENCES * one,
+            "MiB": peak(lambda: model.segment(model.encode_image(images), image_of, text))}
 
 
-def synthetic_corpus(root, images=17_000, objects=42_000, expressions=120_000):
-    """A train.json of RefCOCO's size over one photograph, 640x480; returns its path."""
+def decode_anew(model, memory):
+    """Greedy decoding that runs the whole prefix through the decoder at every step, as SeqTR's released code does."""
+    tokens = torch.zeros(len(memory["visible"]), 0, dtype=torch.int64)
+    for _ in range(2 * model.points):
+        tokens = torch.cat([tokens, model.decode(memory, tokens)[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+@row(goal=6)
+@torch.inference_mode()
+def decoding_partial(toy=False):
+    """Partial-RES' decoder with its cache, 36 coordinates of 32 sentences, against the whole prefix anew at every step"""
+    _, model, size, images = build("partial", toy)
+    count = 2 if toy else 32
+    with torch.no_grad():
+        model.predictor[-1].bias[model.bins] = -1e4  # nobody stops early
+    memory = model.encode(model.encode_image(images), torch.zeros(count, dtype=torch.int64), torch.randint(6, size, (count, 8)))
+    assert torch.equal(model.generate(memory)[0], decode_anew(model, memory))
+    return compare(lambda: model.generate(memory), lambda: decode_anew(model, memory), toy, rounds=3)
+
+
+def search_anew(head, proposals, image_of, k, beams, length):
+    """Beam search that runs every whole prefix through the decoder at every step; ids and scores as `search` gives them."""
+    memory, ids = head.memory(proposals, image_of, k), torch.full((len(k), 1, 1), head.start)
+    total, ended = torch.zeros(len(k), 1), torch.zeros(len(k), 1, dtype=torch.bool)
+    for step in range(length + 1):
+        log_p = head.decode(ids, 0, memory)[:, :, -1].log_softmax(-1).masked_fill(head.banned, -torch.inf)
+        end = log_p[..., head.end].clone()
+        if step == length:
+            log_p[:] = -torch.inf
+        log_p[..., head.end] = end if step else -torch.inf
+        log_p[ended] = -torch.inf
+        log_p[..., 0] = torch.where(ended, 0.0, log_p[..., 0])
+        total, best = (total[..., None] + log_p).flatten(1).topk(min(beams, log_p[0].numel()))
+        parent, piece = best // log_p.shape[-1], best % log_p.shape[-1]
+        ids = torch.cat([ids.gather(1, parent[..., None].expand(-1, -1, ids.shape[-1])), piece[..., None]], -1)
+        ended = (piece == head.end) | (piece == 0)
+    return [[([i for i in row if i not in (0, head.end)], score) for row, score in zip(rows, scores)]
+            for rows, scores in zip(ids[..., 1:].tolist(), total.tolist())]
+
+
+@row(goal=1.0)
+@torch.inference_mode()
+def decoding_mutual(toy=False):
+    """beam search of 5 beams and 15 pieces for 10 objects with the cache, against every whole prefix anew at every step"""
+    _, model, _, _ = build("mutual", toy)
+    head, dim = model.generator, model.use.dim
+    with torch.no_grad():
+        head.bias[head.end] = -20.0  # no sentence ends early
+    proposals, k = torch.randn(1, 5 if toy else 100, dim), torch.arange(3 if toy else 10)
+    call = (proposals, torch.zeros_like(k), k, 5, 4 if toy else 15)
+    for ours, plain in zip(head.search(*call), search_anew(head, *call)):
+        assert [ids for ids, _ in ours] == [ids for ids, _ in plain]
+    return compare(lambda: head.search(*call), lambda: search_anew(head, *call), toy, rounds=3)
+
+
+# ---- dense CRF, losses, Matrix NMS, CIDEr-D -----------------------------------------------------------------
+
+@row(**{"80_13_one": (1.3, 80, 13, 1), "80_13_eight": (4, 80, 13, 8), "67_3_one": (1.0, 67, 3, 1), "67_3_eight": (2, 67, 3, 8)})
+def crf(sigma_xy, sigma_rgb, masks, toy=False):
+    """dense CRF of a photograph of 500x375, building its lattice, on one thread, against pydensecrf2, one CRF for each mask"""
+    from tests.test_crf import peer
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+    except ImportError:
+        raise UserError("pydensecrf2 is not installed; `pip install pydensecrf2==1.1` builds it.") from None
+    image = np.ascontiguousarray(skimage.data.coffee()[:375, :500][::8 if toy else 1, ::8 if toy else 1])
+    height, width = image.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    centres = np.random.default_rng(0).random((masks, 2)) * (height, width)
+    prob = np.stack([1 / (1 + np.exp((np.hypot(y - a, x - b) - height / 4) / 8)) for a, b in centres]).astype(np.float32)
+    settings = {"iterations": 10, "gaussian": (3, 3), "bilateral": (sigma_xy, sigma_rgb, 10)}
+
+    def theirs():
+        return np.stack([peer(image, np.stack([1 - p, p]), **settings)[1] for p in prob])
+    with one_thread():
+        assert np.abs(dense_crf(image, prob, **settings) - theirs()).max() < 1e-3
+        return compare(lambda: dense_crf(image, prob, **settings), theirs, toy, rounds=3)
+
+
+@row(goal=5, memory_goal=8)
+def gated_crf(toy=False):
+    """Gated-CRF loss and its gradient, 2 masks of 200x336, against unfolding the neighbourhoods as the released loss does"""
+    from tests.test_losses import crf_unfolded
+    size = (20, 30) if toy else (200, 336)
+    prob, image = torch.rand(2, *size, requires_grad=True), torch.rand(2, 3, *size)
+    return compare(lambda: gated_crf_loss(prob, image).backward(), lambda: crf_unfolded(prob, image).backward(), toy, rounds=3)
+
+
+def nms_by_loop(masks, scores, sigma=2.0):
+    """SOLOv2's Sec. 3.3 pair by pair: every IoU once, the masks in the order of their scores."""
+    order = scores.argsort(descending=True).tolist()
+    areas, largest, decayed = masks.flatten(1).sum(1).tolist(), [], scores.clone()
+    for n, j in enumerate(order):
+        ious = []
+        for i in order[:n]:
+            inter = (masks[i] & masks[j]).sum().item()
+            ious.append(inter / max(areas[i] + areas[j] - inter, 1))
+        largest.append(max(ious, default=0.0))
+        decayed[j] *= min([np.exp(-sigma * iou ** 2) / np.exp(-sigma * worst ** 2) for iou, worst in zip(ious, largest)], default=1.0)
+    return decayed
+
+
+@row(goal=20)
+def nms(toy=False):
+    """Matrix NMS of 500 masks of 200x336, against a loop over the pairs"""
+    from tests.test_matrix_nms import blobs
+    masks, scores = blobs(12) if toy else blobs(500, 200, 336)
+    assert torch.allclose(matrix_nms(masks, scores), nms_by_loop(masks, scores), atol=1e-4)
+    return compare(lambda: matrix_nms(masks, scores), lambda: nms_by_loop(masks, scores), toy, rounds=2)
+
+
+@row(goal=6)
+def cider(toy=False):
+    """CIDEr-D of 2,000 sentences with the document frequencies of their corpus at hand, against pycocoevalcap, which counts them"""
+    from tests.test_captions import corpus, peer
+    hypotheses, references = corpus(20 if toy else 2000, 500, 3, 8, seed=0)
+    df = document_frequency(references)
+    return compare(lambda: cider_d(hypotheses, references, df), lambda: peer(hypotheses, references), toy)
+
+
+# ---- networks -----------------------------------------------------------------------------------------------
+
+@row(goal=1.0, memory_goal=1.0)
+def mask2former_layer(toy=False):
+    """a deformable layer, forward and backward at 512 px on one thread, against transformers'"""
+    from tests.test_mask2former import deformable_sides
+    with one_thread():
+        return compare(*deformable_sides(64 if toy else 512), toy)
+
+
+@row(goal=PEER)
+def mask2former_whole(toy=False):
+    """Mask2Former with ResNet-50, forward and backward at 256 px, against transformers'"""
+    from tests.test_mask2former import theirs
+    small = dict(encoder_layers=1, decoder_layers=2, num_queries=5) if toy else {}
+    other = theirs(**{**small, **({"decoder_layers": 3} if toy else {})}).train()  # theirs counts the first prediction, too
+    ours = Mask2Former("r50", **small).train()
+    images = torch.randn(1, 3, 64 if toy else 256, 64 if toy else 256)
+
+    def step(model):
+        out = model(images) if model is ours else model(pixel_values=images)
+        masks, classes = (out["pred_masks"], out["pred_logits"]) if model is ours else \
+            (out.masks_queries_logits, out.class_queries_logits)
+        (masks.mean() + classes.mean()).backward()
+    return compare(lambda: step(ours), lambda: step(other), toy)
+
+
+@row(goal=PEER)
+@torch.inference_mode()
+def bert(toy=False):
+    """BERT-base forward, 32 sentences of 5 to 22 pieces, against transformers'"""
+    from tests.test_language import TINY, peers
+    theirs, ours = peers(**TINY) if toy else peers()
+    lengths = torch.linspace(5, 22, 3 if toy else 32).round().long()
+    mask = torch.arange(22) < lengths[:, None]
+    ids = torch.randint(1, 40, mask.shape) * mask
+    return compare(lambda: ours(ids, mask), lambda: theirs(input_ids=ids, attention_mask=mask.long()), toy)
+
+
+@row(goal=PEER)
+@torch.inference_mode()
+def vit(toy=False):
+    """ViT-S/16 forward, 2 images of 384x384, against timm's"""
+    import timm
+    theirs = timm.models.VisionTransformer(64, 16, embed_dim=64, depth=2, num_heads=4) if toy else timm.create_model("vit_small_patch16_384")
+    ours, images = ViT(64, 16, 64, 2, 4).eval() if toy else ViT().eval(), torch.randn(2, 3, *(2 * [64 if toy else 384]))
+    theirs.eval()
+    return compare(lambda: ours(images), lambda: theirs.forward_features(images), toy)
+
+
+# ---- data ---------------------------------------------------------------------------------------------------
+
+def disc(parts=2):
+    """Polygons of discs of 40 corners each on 640x480."""
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    return [np.stack([200 + 200 * i + 90 * np.cos(angle), 240 + 90 * np.sin(angle)], 1).ravel().round(2).tolist() for i in range(parts)]
+
+
+def synthetic_corpus(root, images, objects, expressions):
+    """A train.json over photographs of 640x480 that scikit-image brings; returns its path."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
-    Image.fromarray(skimage.data.astronaut()).resize((640, 480)).save(root / "images" / "x.jpg", quality=92)
-    disc = (np.hypot(*(np.mgrid[:480, :640] - [[[240]], [[320]]])) < 90)
-    rle = encode(disc)
+    photographs = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
+    for i, photograph in enumerate(photographs):
+        Image.fromarray(photograph).resize((640, 480)).save(root / "images" / f"{i}.jpg", quality=92)
+    rle = from_polygons(disc(), 480, 640)
     image_of = rng.integers(0, images, objects)
     object_of = rng.integers(0, objects, expressions)
     words = ["left", "right", "man", "woman", "red", "shirt", "the", "in", "dog", "on"]
     prepared = {
         "meta": {"dataset": "big", "split": "train", "image_root": "images"},
-        "images": [{"id": i, "file_name": "x.jpg", "width": 640, "height": 480} for i in range(images)],
-        "objects": [{"id": i, "image_id": int(image_of[i]), "category_id": 1, "bbox": [230, 150, 180, 180], "area": 25000,
+        "images": [{"id": i, "file_name": f"{i % len(photographs)}.jpg", "width": 640, "height": 480} for i in range(images)],
+        "objects": [{"id": i, "image_id": int(image_of[i]), "category_id": 1, "bbox": [110, 150, 380, 180], "area": 50000,
                      "iscrowd": 0, "mask": rle} for i in range(objects)],
         "expressions": [{"id": i, "ref_id": int(o), "image_id": int(image_of[o]), "object_ids": [int(o)],
                          "text": " ".join(rng.choice(words, 4))} for i, o in enumerate(object_of)]}
@@ -97,52 +360,130 @@ def synthetic_corpus(root, images=17_000, objects=42_000, expressions=120_000):
     return root / "train.json"
 
 
-@row
-def corpus_of_refcoco_size():
-    """Opening 120,000 sentences, 17,000 images and 42,000 objects; the peer is the bare json.load of the same file."""
+def decode_polygons():
+    """Polygons to a mask by pycocotools, as LAVT's and CRIS' readers do for every sample."""
+    return coco.decode(coco.merge(coco.frPyObjects(disc(), 480, 640))).astype(bool)
+
+
+@row(goal=1.2)
+def mask_decoding(toy=False):
+    """an object's mask from the prepared run lengths, checked before they are decoded, against pycocotools from the polygons"""
     with tempfile.TemporaryDirectory() as folder:
-        path = synthetic_corpus(Path(folder))
-        code = ("import sys, time; from common import data; open('/proc/self/clear_refs', 'w').write('5')\n"  # peak := now
-                "def peak(): return int(next(l for l in open('/proc/self/status') if 'VmHWM' in l).split()[1])\n"
-                "before, t = peak(), time.perf_counter(); data.RefDataset(sys.argv[1], None, None)\n"
-                "print(time.perf_counter() - t, (peak() - before) / 1e6)")
-        taken, gigabytes = map(float, subprocess.run([sys.executable, "-c", code, str(path)], check=True,
-                                                     capture_output=True, text=True).stdout.split())
-        (plain,) = seconds(lambda: json.loads(path.read_text()), rounds=3)
-    return {"ratio": plain / taken, "seconds": taken, "GB": gigabytes}
+        dataset = data.RefDataset(synthetic_corpus(Path(folder), 5, 50, 60), None, None)
+    assert (dataset.object_mask(0) == decode_polygons()).all()
+    times = 1 if toy else 200
+    return compare(lambda: [dataset.object_mask(i % 50) for i in range(times)], lambda: [decode_polygons() for _ in range(times)], toy)
 
 
-@row
-def loader_against_darknet():
-    """Training samples at 416 from one loader worker, against Darknet-53's forward pass on the same images."""
+class Lavt(torch.utils.data.Dataset):
+    """One sample an item as LAVT's data set hands it out: picture and mask squashed to 480x480, floats, normalised."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image, mask = Image.open(self.paths[i]).convert("RGB"), Image.fromarray(decode_polygons().astype(np.uint8), mode="P")
+        image = TF.resize(image, [480, 480])
+        mask = TF.resize(mask, [480, 480], interpolation=TF.InterpolationMode.NEAREST)
+        image = TF.normalize(TF.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        return image, torch.as_tensor(np.asarray(mask).copy(), dtype=torch.int64), torch.tensor([1] * 20)
+
+
+@row(one_sentence=(PEER, 1), all_sentences=(PEER, 0))
+def loader(per_image, toy=False):
+    """LTS' training samples squashed to 480 in one process, one sentence of an image or all of them in a batch, against a loader
+    of single samples as LAVT's, which also squashes to 480; pictures decoded every time"""
     vocabulary = Vocabulary(["man"])
     with tempfile.TemporaryDirectory() as folder:
-        path = synthetic_corpus(Path(folder), 200, 400, 1200)
-        dataset = data.RefDataset(path, lambda text: vocabulary.encode(text, 15), data.Canvas(416),
+        path = synthetic_corpus(Path(folder), *((8, 16, 48) if toy else (60, 150, 430)))
+        dataset = data.RefDataset(path, lambda text: vocabulary.encode(text, 20), data.Canvas(480, squash=True),
                                   partial(train_lts.make_targets, finest_stride=8))
         dataset.small = False  # decode every picture, as a corpus of real size does
-        plan = data.plan_epoch(dataset, 0, 0, 8, 1, "ref")[:6]
-        backbone = Darknet53().eval()
-        images = torch.rand(8, 3, 416, 416)
+        plan = data.plan_epoch(dataset, 0, 0, 8, per_image, "expression")[:1 if toy else 5]
+        sentences = sum(len(key[2]) for keys in plan for key in keys)
+        samples = Lavt([dataset.root / dataset.file_names[dataset.expression_image[e]] for keys in plan for key in keys for e in key[2]])
+        figures = compare(lambda: [None for _ in data.load(dataset, plan, 0)],
+                          lambda: [None for _ in torch.utils.data.DataLoader(samples, batch_size=8)], toy, rounds=3)
+    return figures | {"sentences/s": sentences / figures["s"]}
+
+
+@row(goal=20)
+def loader_against_darknet(toy=False):
+    """LTS' training samples at 416 from one process, every picture decoded, against the time Darknet-53's forward pass takes for them;
+    20: data waiting is under 5 % of a step on a processor even without overlap"""
+    vocabulary, size = Vocabulary(["man"]), 64 if toy else 416
+    with tempfile.TemporaryDirectory() as folder:
+        path = synthetic_corpus(Path(folder), 60, 120, 360)
+        dataset = data.RefDataset(path, lambda text: vocabulary.encode(text, 15), data.Canvas(size),
+                                  partial(train_lts.make_targets, finest_stride=8))
+        dataset.small = False
+        plan = data.plan_epoch(dataset, 0, 0, 8, 1, "ref")[:1 if toy else 6]
+        backbone, images = Darknet53().eval(), torch.rand(8, 3, size, size)
 
         def forward():
             with torch.inference_mode():
                 backbone(images)
-        fed, eaten = seconds(lambda: [None for _ in data.load(dataset, plan, 0)], forward, rounds=3)
-    return {"ratio": eaten / (fed / len(plan)), "feeds images/s": 8 * len(plan) / fed, "Darknet eats images/s": 8 / eaten}
+        fed, eaten = seconds(lambda: [None for _ in data.load(dataset, plan, 0)], forward, rounds=1 if toy else 3)
+    return {"ratio": eaten / (fed / len(plan)), "images/s": 8 * len(plan) / fed, "Darknet's images/s": 8 / eaten}
 
+
+@row()
+def corpus_of_refcoco_size(toy=False):
+    """opening 120,000 sentences, 17,000 images and 42,000 objects, against the bare json.load of the same file"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = synthetic_corpus(Path(folder), *((17, 42, 120) if toy else (17_000, 42_000, 120_000)))
+        return compare(lambda: data.RefDataset(path, None, None), lambda: json.loads(path.read_text()), toy, rounds=3)
+
+
+@row()
+def start_up(toy=False):
+    """`python eval.py --image` with a small LTS, from the command to the picture, against `python -c "import torch, torchvision"`"""
+    with tempfile.TemporaryDirectory() as folder:
+        args = parse(train_lts.get_parser(), ["--yaml", "yaml/lts_refshapes.yaml"])
+        vocabulary = Vocabulary(["red", "ball"])
+        best = {"version": checkpoint.VERSION, "script": "train_lts", "args": vars(args), "step": 1, "best": {"mIoU": 0.0, "step": 1},
+                "vocabulary": list(vocabulary), "model": train_lts.build_model(args, vocabulary).state_dict()}
+        checkpoint.save(Path(folder) / "best.pt", best)
+        Image.fromarray(skimage.data.astronaut()).save(Path(folder) / "x.jpg")
+
+        def start(*words):
+            subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=True, capture_output=True)
+        ask = ["--run", folder, "--image", f"{folder}/x.jpg", "--text", "red ball", "--out", f"{folder}/out.png"]
+        if toy:  # forked, without the imports that the row is about
+            from tests.children import finish
+            sides = lambda: finish("eval", ask, f"{folder}/log"), lambda: None
+        else:
+            sides = lambda: start("eval.py", *ask), lambda: start("-c", "import torch, torchvision")
+        ours, bare = seconds(*sides, rounds=1 if toy else 3)
+    return {"ratio": bare / ours, "s": ours, "plain s": bare}
+
+
+# ---- the table ----------------------------------------------------------------------------------------------
 
 def main():
-    """Run the rows and print them as one table."""
+    """Run the rows and print them as a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    only = parser.parse_args().only
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{'row':34}  ratio  other figures")
-    for function in ROWS:
-        if only in function.__name__:
-            result = function()
-            rest = ", ".join(f"{key} {value:.3g}" for key, value in result.items() if key != "ratio")
-            print(f"{function.__name__:34} {result['ratio']:6.2f}  {rest}", flush=True)
+    parser.add_argument("words", nargs="*", help="rows whose name contains one of these; none: all rows")
+    words = parser.parse_args().words
+    chosen = {name: row for name, row in ROWS.items() if not words or any(word in name for word in words)}
+    if not chosen:
+        sys.exit(f"error: no row's name contains {' or '.join(words)}; there are {', '.join(ROWS)}.")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| row | what | ratio | goal | memory | goal | figures |\n"
+          "|---|---|---|---|---|---|---|", flush=True)
+    for name, row in chosen.items():
+        what = " ".join(row.run.__doc__.split())
+        try:
+            figures = row.run()
+        except UserError as error:
+            print(f"| {name} | {what} | not run: {error} | | | | |", flush=True)
+            continue
+        rest = ", ".join(f"{key} {value:.3g}" for key, value in figures.items() if key not in ("ratio", "memory"))
+        cells = [f"{figures[key]:.2f}" if key in figures else "" for key in ("ratio", "memory")]
+        goals = [f"{goal:g}" if goal else "" for goal in (row.goal, row.memory_goal)]
+        print(f"| {name} | {what} | {cells[0]} | {goals[0]} | {cells[1]} | {goals[1]} | {rest} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 import os
 import pickle
 import re
-import resource
-import subprocess
-import sys
-import time
 from collections import OrderedDict
 
 import numpy as np
@@ -376,40 +372,20 @@ def test_learns_and_finds_two_rectangles(tiny):
 
 # ---- speed --------------------------------------------------------------------------------------------------
 
-def measure(side, px, rounds=4):
-    """Forward and backward through a deformable layer of "ours" or "theirs": CPU seconds, MiB of peak above before."""
-    torch.set_num_threads(1)
+def deformable_sides(px=512):
+    """Two functions: forward and backward through a deformable layer at px x px, ours and transformers'."""
     torch.manual_seed(0)
     shapes = [(px // stride, px // stride) for stride in (32, 16, 8)]
     places = torch.cat([mask2former.centres(h, w, "cpu") for h, w in shapes])
     x, positions = torch.randn(1, len(places), 256, requires_grad=True), torch.randn(1, len(places), 256)
-    if side == "ours":
-        layer, rest = mask2former.DeformableLayer(256, 8, 1024), (positions, places, shapes)
-    else:
-        layer = peer.Mask2FormerPixelDecoderEncoderLayer(Mask2FormerConfig())
-        reference, unmasked = places[None, :, None].expand(-1, -1, 3, -1), torch.zeros(1, len(places), dtype=torch.bool)
-        rest = (unmasked, positions, reference, shapes)
-    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    for _ in range(rounds):
-        started = time.process_time()
-        out = layer(x, *rest)
-        (out if side == "ours" else out[0]).sum().backward()
-        times.append(time.process_time() - started)
-    print(min(times[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def deformable_layer(px=512):
-    """A row for the benchmark: transformers' time over ours, memory likewise; each in a process of its own."""
-    figures = {}
-    for side in ("ours", "theirs"):
-        code = f"from tests.test_mask2former import measure; measure({side!r}, {px})"
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        figures[f"{side} s"], figures[f"{side} MiB"] = map(float, out.split())
-    return {"ratio": figures["theirs s"] / figures["ours s"],
-            "memory": figures["theirs MiB"] / figures["ours MiB"], **figures}
+    layer, other = mask2former.DeformableLayer(256, 8, 1024), peer.Mask2FormerPixelDecoderEncoderLayer(Mask2FormerConfig())
+    reference, unmasked = places[None, :, None].expand(-1, -1, 3, -1), torch.zeros(1, len(places), dtype=torch.bool)
+    return (lambda: layer(x, positions, places, shapes).sum().backward(),
+            lambda: other(x, unmasked, positions, reference, shapes)[0].sum().backward())
 
 
 @pytest.mark.slow
 def test_a_deformable_layer_is_faster_and_smaller_than_transformers():
-    figures = deformable_layer()
+    from tests.bench import compare
+    figures = compare(*deformable_sides(), toy=False)
     assert figures["ratio"] > 1 and figures["memory"] > 1, figures

@@ -1,0 +1,14 @@
+"""Every row of the benchmark runs; what it measures is not judged on a busy machine."""
+import math
+
+import pytest
+
+from tests.bench import ROWS
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row(name):
+    if name.startswith("crf"):
+        pytest.importorskip("pydensecrf.densecrf")
+    figures = ROWS[name].run(toy=True)
+    assert ROWS[name].run.__doc__ and all(value > 0 and math.isfinite(value) for value in figures.values()), figures

@@ -4,6 +4,7 @@
     python eval.py --run runs/train_lts/refcoco/base_s0 --split val testA testB --report
     python eval.py --run RUN --dataset refcoco+ --split val           on another prepared corpus
     python eval.py --run RUN --compare OTHER --split val --report     how much better than OTHER, and where
+    python eval.py --run RUN --dataset voc --names yaml/voc_names.yaml --scales 1 0.5 1.5 --crf krahenbuhl      class maps
     python eval.py --run RUN --image photo.jpg --text "the red bus on the left" --out out.png
     python eval.py --run RUN --split testA testB --task reg --refs merged       sentences for objects, if the method makes any
     python eval.py --run RUN --image photo.jpg --describe             everything found, each told from the others
@@ -13,9 +14,10 @@
 
 Scores are taken in the original frame over every sentence (common/metrics.py defines them) and written to
 <run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it; those of REG (common/reg.py) to
-…_reg.json, with one line per object. The checkpoint names the script that made it; any train_*.py in this folder
-serves, so a copied script needs no registration here. Of a run with stages the last one is scored, or that which the
-script's STAGE_OF_TASK names.
+…_reg.json, with one line per object; those of a corpus with class maps are its classes' (common/classmaps.py). The
+checkpoint names the script that made it; any train_*.py in this folder serves, so a copied script needs no registration
+here. Of a run with stages the last one is scored, or that which the script's
+STAGE_OF_TASK names.
 """
 import importlib
 import json
@@ -197,7 +199,7 @@ def load_listener(args, path, script, settings, vocabulary, device, say):
 def score_split(args, ranks, path, split, script, settings, model, vocabulary, state):
     """Evaluate one split, write its json and jsonl, and return (summary, rows, dataset)."""
     root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
-    if not data.require(root, name, [split], script.EMBEDDED_YAML):
+    if distributed.any_rank(ranks, not data.require(root, name, [split], script.EMBEDDED_YAML)):
         if ranks.main:
             data.make_embedded(root, name)
         distributed.barrier(ranks)
@@ -225,7 +227,8 @@ def suffix_of(args):
     return "".join([f"_{args.protocol}" if args.protocol != "original" else "",
                     "_shuffled" if args.shuffle_expressions else "", f"_crf-{args.crf}" if args.crf else "",
                     *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
-                      for key, value in args.added.items()), f"_first{args.limit}" if args.limit else ""])
+                      for key, value in (args.added | classmaps.changed(args)).items()),
+                    f"_first{args.limit}" if args.limit else ""])
 
 
 def search_options(args):
@@ -281,16 +284,10 @@ def score_class_maps(args, ranks, path, settings, model, state, dataset):
                         ("shuffle-expressions", args.shuffle_expressions)):
         if given:
             raise UserError(f"--{flag} is for sentences, and {dataset.name} is scored by class maps; leave it out.")
-    flags = classmaps.changed(args)
     scorer = classmaps.ClassMaps(model, dataset, classmaps.load_names(args.names, dataset.class_names),
                                  classmaps.views(dataset, args.scales, args.flip_test), args.score_threshold, args.threshold,
                                  args.crf, args.amp)
-    short = flags | {key: of for key, of in (("names", Path(args.names).stem), ("scales", "x".join(f"{x:g}" for x in args.scales)))
-                     if key in flags}
-    base = result_file(path, dataset.name, dataset.split, "".join([
-        f"_crf-{args.crf}" if args.crf else "", *(f"_{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
-                                                  for key, value in (args.added | short).items()),
-        f"_first{args.limit}" if args.limit else ""]))
+    base = result_file(path, dataset.name, dataset.split, suffix_of(args))
     folder = base.with_name(base.name + "_masks")
     save = lambda image, of: classmaps.save(folder / f"{dataset.image_ids[image]}.png", of)  # noqa: E731
     rows, seconds = scorer.evaluate(ranks, args.workers, args.limit, save if args.save_masks else None)

@@ -13,6 +13,7 @@ in one of them, as in its [3]; each class enters the CRF with the odds of its ma
 """
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,8 +42,10 @@ def add_flags(parser):
 
 
 def changed(args):
-    """{flag: value} of those flags that were given."""
-    return {key: getattr(args, key) for key, default in DEFAULTS.items() if getattr(args, key) != default}
+    """{flag: value} of those flags that were given, the values as they may stand in a file's name."""
+    given = {key: getattr(args, key) for key, default in DEFAULTS.items() if getattr(args, key) != default}
+    short = {"names": lambda path: Path(path).stem, "scales": lambda scales: "x".join(f"{scale:g}" for scale in scales)}
+    return {key: short[key](value) if key in short else value for key, value in given.items()}
 
 
 def load_names(path, classes):

@@ -1197,10 +1197,10 @@ def main(argv=None):
     try:
         if not present or missing:
             if ranks.main:
-                from data_prep import coco as instances_tool, refshapes  # only the embedded data needs the generator
                 if not present:
-                    refshapes.make(args.data_root)
+                    data.make_embedded(args.data_root, args.dataset)
                 if missing:
+                    from data_prep import coco as instances_tool  # only the embedded data needs it here
                     instances_tool.shapes(args.data_root)
             distributed.barrier(ranks)
         folder = runlog.run_folder(args, Path(__file__).stem)

@@ -344,6 +344,12 @@ def test_classes_then_class_maps(tmp_path):
         assert list(summary["classes"]) == ["background", *vocshapes.CLASSES] and summary["images"] == 3
     assert len(list((tmp_path / "run" / "eval" / f"{name}_masks").glob("*.png"))) == 3
     assert "prediction: " in (tmp_path / "run" / "report.html").read_text()
+    from tests.children import finish
+    rows = tmp_path / "run" / "eval" / "vocshapes_val.jsonl"
+    alone = rows.read_bytes()
+    rows.unlink()
+    finish("eval", flags, tmp_path / "log", ranks=2)
+    assert rows.read_bytes() == alone
     for wrong, says in ((["--protocol", "lavt480"], "--protocol is for sentences"), (["--task", "rec"], "--task is for sentences")):
         with pytest.raises(UserError, match=says):
             evaluate([*flags, *wrong])

@@ -97,10 +97,11 @@ def test_what_is_wrong_is_named(tmp_path, what, says):
         voc.convert(devkit, tmp_path / "data", sbd)
 
 
-def test_vocshapes_are_class_maps(tmp_path):
+def test_vocshapes_are_class_maps(tmp_path, monkeypatch):
     """The embedded corpus goes through VOC's files: each class covers its visible objects, up to the undecided edges."""
-    vocshapes.SCALES["tiny"] = {"train": [("pool", 0, 2)], "val": [("val", 0, 1)]}
-    vocshapes.make(tmp_path, "tiny", jobs=1)
+    monkeypatch.setitem(vocshapes.SCALES, "tiny", {"train": [("pool", 0, 2)], "val": [("val", 0, 1)]})
+    monkeypatch.setattr(vocshapes.make, "__defaults__", ("tiny", 0, 1))
+    vocshapes.make(tmp_path)
     train = data.RefDataset(tmp_path / "vocshapes" / "train.json", None, None)
     scene, classes = refshapes.make_scene(0, "pool", 0), train.class_map(0)
     assert train.class_names == list(vocshapes.CLASSES) and "donut" in train.class_names and "ring" not in train.class_names
@@ -110,7 +111,12 @@ def test_vocshapes_are_class_maps(tmp_path):
         assert not ((classes == c) & ~seen).any() and np.isin(classes[seen], (c, 255)).all()
     assert 0.01 < (classes == 255).mean() < 0.2
     before = (tmp_path / "vocshapes" / "train.json").stat().st_mtime_ns
-    vocshapes.make(tmp_path, "tiny", jobs=1)
+    vocshapes.make(tmp_path)
     assert (tmp_path / "vocshapes" / "train.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="another corpus"):
         vocshapes.make(tmp_path, "tiny", seed=1, jobs=1)
+    assert data.require(tmp_path, "vocshapes", ["train", "val"], "")
+    (tmp_path / "vocshapes" / "vocshapes.json").unlink()  # as a killed process leaves it
+    assert not data.require(tmp_path, "vocshapes", ["train", "val"], "")
+    data.make_embedded(tmp_path, "vocshapes")
+    assert data.require(tmp_path, "vocshapes", ["train", "val"], "")

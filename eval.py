@@ -199,10 +199,7 @@ def load_listener(args, path, script, settings, vocabulary, device, say):
 def score_split(args, ranks, path, split, script, settings, model, vocabulary, state):
     """Evaluate one split, write its json and jsonl, and return (summary, rows, dataset)."""
     root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
-    if distributed.any_rank(ranks, not data.require(root, name, [split], script.EMBEDDED_YAML)):
-        if ranks.main:
-            data.make_embedded(root, name)
-        distributed.barrier(ranks)
+    provide(ranks, root, name, split, script)
     targets = script.eval_targets(args, settings) if hasattr(script, "eval_targets") else None
     dataset = data.RefDataset(data.split_path(root, name, split), *script.frontend(settings, vocabulary), targets)
     if any(dataset.class_maps):
@@ -220,6 +217,14 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | args.added | {"step": state["step"]})
     write_results(ranks, base, settings, summary, rows)
     return summary, rows, dataset
+
+
+def provide(ranks, root, name, split, script):
+    """See that the split is there: an embedded corpus is drawn, any other that is missing raises UserError."""
+    if distributed.any_rank(ranks, not data.require(root, name, [split], script.EMBEDDED_YAML)):
+        if ranks.main:
+            data.make_embedded(root, name)
+        distributed.barrier(ranks)
 
 
 def suffix_of(args):
@@ -256,7 +261,7 @@ def describe_split(listener, args, ranks, path, split, script, settings, model, 
     root, name = args.data_root or settings.data_root, args.dataset or settings.dataset
     names = [name] + ([reg.partner(name)] if args.refs == "merged" else [])
     for of_corpus in names:
-        data.require(root, of_corpus, [split], script.EMBEDDED_YAML)
+        provide(ranks, root, of_corpus, split, script)
     dataset, *merged = (data.RefDataset(data.split_path(root, of_corpus, split), *script.frontend(settings, vocabulary))
                         for of_corpus in names)
     options = search_options(args)

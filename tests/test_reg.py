@@ -132,7 +132,7 @@ def test_scores(shapes, deaf, monkeypatch):
     assert summary["CIDEr"] == pytest.approx(expected.mean(), abs=1e-6) and summary["CIDEr"] > 0 and summary["METEOR"] == 0.25
     assert [row["CIDEr"] for row in rows] == pytest.approx(expected, abs=1e-6)
     right = [row["k"] == 0 if deaf else row["k"] >= 0 for row in rows]
-    assert summary["Rb-Acc"] == pytest.approx(100 * np.mean(right)) and summary["n"] == len(rows) == len(references)
+    assert summary["Rb-Acc"] == pytest.approx(100 * np.mean(right), abs=1e-4) and summary["n"] == len(rows) == len(references)
     assert summary["no_proposal"] == sum(row["k"] < 0 for row in rows)
     assert summary["mean_references"] == pytest.approx(len(dataset) / len(references))
     quiet = [row | {"referred_back": None} for row in rows]

@@ -18,8 +18,11 @@ Where the paper is silent
                 GroupNorm; word vectors of GloVe stay as they are.
   mp(.)         pools over the words, as its result multiplies every cell ("along the channel dimension" is a slip).
   positions     sine for the cells, in shares of the image's own extent, learned for the sequence. They are added "before
-                entering", and, as in DETR, once more to the queries and keys of every layer; SeqTR has these alone
-                (`--positions keys`). The transformer is DETR's: post-norm, 8 heads, 4 times as wide inside.
+                entering", and, as in DETR, once more to the queries and keys of every layer; SeqTR has these alone. The
+                transformer is DETR's: post-norm, 8 heads, 4 times as wide inside.
+  SeqTR's code  `--base released`: YOLOv3's neck behind the trunk, BatchNorm in the fusion, pixels of 0..255 and black padding, a
+                GRU that reads over padding, positions for queries and keys alone, coordinates cut, not rounded, to bins of
+                sides rounded up to 32. Its checkpoints need it: `python -m data_prep.weights --kind seqtr`, then `--rec-from`.
   own size      a canvas holds the image at its left-top and padding of one colour. Coordinates, CCTF and PMCA refer to the
                 part of the canvas that the image fills; cells of padding alone are not attended to, nor averaged.
   Eq. 2         its M+1 values meet M bins: the far edge belongs to the last bin.
@@ -38,12 +41,15 @@ Where the paper is silent
   retrain       begins from the model of boxes, as the released scripts; `--retrain-from res` goes on instead.
   rec           plain SeqTR without CCTF and PMCA ("the REC model trained in SeqTR"), so that all rows share it (`--rec-from`).
   jitter        scale 0.3 to 1.4, SeqTR's; a crop holds the whole object where it can. For pseudo labels the object is the label.
-  first values  of dic(.) and of the last layer: sines of each bin's place, so that neighbouring bins begin alike.
+  first values  of dic(.) and of the last layer: sines of each bin's place, so that neighbouring bins begin alike; of the layers
+                before it He's. Trained from nothing, attention and the reading of what it finds learn only through each
+                other: a weak or blurred reading (torch's own first values, slow sines) holds both back for long.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
 """
 import copy
 import math
+import re
 import signal
 from contextlib import nullcontext
 from functools import partial
@@ -57,10 +63,10 @@ from skimage.measure import find_contours
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, data, distributed, masks, metrics, runlog
-from common.backbones import Darknet53, ResNet, Small, load_weights
+from common.backbones import Darknet53, DarknetConv, DarknetNeck, ResNet, Small, freeze_batchnorm, load_weights
 from common.config import UserError, base_parser, parse, run
 from common.language import BiGRU
-from common.layers import ConvNormAct, normalise
+from common.layers import Attention, ConvNormAct, EncoderLayer, feed_forward, normalise, sine
 from common.text import Vocabulary
 from data_prep import subsets
 from data_prep.glove import load_words
@@ -71,8 +77,11 @@ from data_prep.refcoco import field, read_json, write_json
 YAML = "yaml/seqtr_partial.yaml"
 EMBEDDED_YAML = "yaml/seqtr_partial_refshapes.yaml"
 make_vocabulary = Vocabulary  # what a checkpoint's list of entries becomes again
-STAGES = ("rec", "res", "pseudo", "retrain")
+STAGES = ("rec", "baseline", "cctf", "res", "pseudo", "retrain")
+STAGE_OF_TASK = {"rec": ("rec",), "res": ("retrain", "res")}
+ROWS = {"baseline": {"cctf": "off", "pmca": "off"}, "cctf": {"pmca": "off"}, "res": {}}  # Table 2: step 2 without parts of it
 RATES = {1: 1e-4, 5: 3e-4, 10: 5e-4, 50: 5e-4, 100: 5e-4}  # of `res`, by ratio; Sec. 4.2
+RELEASED_MARKS, RELEASED_SPACES = re.compile("[.,'!?\"()*#:;]"), str.maketrans("-/", "  ")  # what SeqTR drops from sentences
 INSIDE = 0.5  # a polygon's raster is 0 or 1, and a pixel of the image belongs to it from here on
 
 
@@ -83,6 +92,8 @@ def get_parser():
     stages = parser.add_argument_group("stages")
     add = stages.add_argument
     add("--stage", choices=("all", *STAGES), default="all", help="one stage alone; those before it must be there")
+    parser.switch(stages, "rows", False, "train the other rows of Table 2, too: `baseline` and `cctf` are `res` without PMCA, and "
+                  "`baseline` without CCTF")
     add("--rec-epochs", type=int, default=60, help="epochs of `rec`; SeqTR's. --epochs are those of `res`, Sec. 4.2: 120 to 150; "
         "--eval-every counts in those, and all stages are evaluated equally often")
     add("--retrain-epochs", type=int, default=120, help="epochs of `retrain`; Sec. 4.2")
@@ -111,7 +122,9 @@ def get_parser():
     add("--encoder-layers", type=int, default=6, help="Sec. 3.2")
     add("--decoder-layers", type=int, default=3, help="Sec. 3.2")
     add("--dropout", type=float, default=0.1, help="in the transformer; SeqTR's")
-    add("--positions", choices=("input", "keys"), default="input", help="where position encodings enter; Sec. 3.2 or SeqTR")
+    add("--waves", type=float, default=1.0, help="of the cells' fastest sine over the image; DETR's 1")
+    add("--base", choices=("paper", "released"), default="paper", help="released: SeqTR's published network in all that the paper "
+        "tells otherwise or not at all, as its checkpoints need it")
     add("--bins", type=int, default=1000, help="M of Eq. 2")
     ablation = parser.add_argument_group("ablation (Tables 1-4, Fig. 6)")
     add = ablation.add_argument
@@ -143,7 +156,8 @@ def frontend(args, vocabulary):
     """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
     if args.size % 32:
         raise UserError(f"--size {args.size} is not a multiple of 32, the backbone's coarsest stride.")
-    return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size)
+    plain = (lambda text: RELEASED_MARKS.sub("", text.lower()).translate(RELEASED_SPACES)) if args.base == "released" else str
+    return lambda text: vocabulary.encode(plain(text), args.max_words), data.Canvas(args.size)
 
 
 def of_stage(args, stage):
@@ -151,8 +165,7 @@ def of_stage(args, stage):
     epochs = {"rec": args.rec_epochs, "retrain": args.retrain_epochs}.get(stage, args.epochs)
     changed = {"stage": stage, "epochs": epochs, "eval_every": max(1, round(args.eval_every * epochs / args.epochs)),
                "lr": args.stage_lr if stage != "res" else args.lr or RATES[args.ratio]}
-    if stage == "rec":
-        changed |= {"cctf": "off", "pmca": "off"}
+    changed |= ROWS["baseline"] if stage == "rec" else ROWS.get(stage, {})
     return type(args)(**{**vars(args), **changed})
 
 
@@ -170,7 +183,8 @@ class SeqTR(nn.Module):
     def __init__(self, args, vocabulary_size):
         super().__init__()
         self.points = 2 if args.stage == "rec" else args.points
-        self.bins, self.cctf, self.box, self.placed = args.bins, args.cctf, args.stage == "rec", args.positions == "input"
+        self.bins, self.cctf, self.box, self.waves = args.bins, args.cctf, args.stage == "rec", args.waves
+        self.released, self.max_words = args.base == "released", args.max_words
         self.fill = torch.tensor(data.Canvas.fill, dtype=torch.uint8)
         self.backbone = BACKBONES[args.backbone]()
         if args.freeze_backbone:
@@ -182,10 +196,14 @@ class SeqTR(nn.Module):
         if args.dim % 4 or args.dim % args.heads:
             raise UserError(f"--dim {args.dim} must be a multiple of 4 and of --heads {args.heads}.")
         fine, middle, coarse = (self.backbone.channels[stride] for stride in self.strides)
-        self.merge1 = ConvNormAct(fine, fine, 3)
-        self.merge2 = ConvNormAct(fine + middle, fine + middle, 3)
-        self.merge3 = nn.Sequential(ConvNormAct(fine + middle + coarse, fine + middle + coarse, 3),
-                                    ConvNormAct(fine + middle + coarse, args.text_dim, 1))
+        conv = DarknetConv if self.released else ConvNormAct
+        self.neck = freeze_batchnorm(DarknetNeck(coarse)) if self.released else nn.Identity()
+        for layer in list(self.neck.children())[:4 if args.freeze_backbone else 0]:
+            layer.requires_grad_(False)
+        self.merge1 = conv(fine, fine, 3)
+        self.merge2 = conv(fine + middle, fine + middle, 3)
+        self.merge3 = nn.Sequential(conv(fine + middle + coarse, fine + middle + coarse, 3),
+                                    conv(fine + middle + coarse, args.text_dim, 1))
         self.language = BiGRU(vocabulary_size, hidden=args.text_dim // 2, train_embeddings=args.embeddings == "random")
         self.project = nn.Sequential(nn.Conv2d(args.text_dim, args.dim, 1),
                                      nn.GroupNorm(math.gcd(32, args.dim), args.dim))
@@ -205,19 +223,29 @@ class SeqTR(nn.Module):
         for layer in self.decoder:
             if layer.pmca is not None:
                 layer.pmca.start()
+        for layer in self.predictor[:-1:2]:  # torch's own would shrink what is said by three with each layer
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
         with torch.no_grad():  # bins that lie together begin alike, as what is read and as what is said
             waves = bin_waves(args.bins, args.dim)
             self.coordinates.weight[:-1] = 0.3 * waves
-            self.predictor[-1].weight[:-1] = 0.1 * waves
+            self.predictor[-1].weight[:-1] = 0.3 * waves
 
     def encode_image(self, images):
         """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> fused map (B,text_dim,h,w) and
         the extent (B,2) of each picture on its canvas, width and height in pixels."""
-        features = self.backbone(normalise(images, self.backbone.mean, self.backbone.std))
+        size = extent(images, self.fill)
+        if self.released:  # 0..255, and black padding
+            pixels = images.float() * (1 if images.dtype == torch.uint8 else 255)
+            beyond = [torch.arange(side, device=images.device) >= size[:, i, None] for i, side in ((0, images.shape[3]), (1, images.shape[2]))]
+            pixels = pixels.masked_fill(beyond[0][:, None, None] | beyond[1][:, None, :, None], 0)
+        else:
+            pixels = normalise(images, self.backbone.mean, self.backbone.std)
+        features = self.backbone(pixels)
         fine, middle, coarse = (features[stride] for stride in self.strides)
         x = self.merge1(F.avg_pool2d(fine, 2))
         x = self.merge2(F.avg_pool2d(torch.cat([x, middle], 1), 2))
-        return self.merge3(torch.cat([x, coarse], 1)), extent(images, self.fill)
+        return self.merge3(torch.cat([x, self.neck(coarse)], 1)), size
 
     def forward(self, images, image_of, text, tokens):
         """Teacher forcing: images (B,3,H,W), image_of (E,), text (E,L) ids, tokens (E,2P) -> logits (E,2P+1,M+1)."""
@@ -228,7 +256,12 @@ class SeqTR(nn.Module):
         """Fusion and encoder: features from `encode_image` -> Memory of each sentence."""
         visual, size = features
         size = size[image_of]
-        states, known = self.language(text)
+        if self.released:  # the GRU reads on over padding, up to the longest sentence
+            known = text != 0
+            padded = F.pad(text, (0, self.max_words - text.shape[1]))
+            states = self.language.gru(self.language.embedding(padded))[0][:, :text.shape[1]]
+        else:
+            states, known = self.language(text)
         sentence = states.masked_fill(~known[..., None], -torch.inf).amax(1)                 # mp(F_l), (E, text_dim)
         fused = visual.tanh()[image_of] * sentence.tanh()[..., None, None]                   # Eq. 1
         x = self.project(fused)
@@ -239,16 +272,16 @@ class SeqTR(nn.Module):
         # a cell belongs to the image where its near edge does
         valid_x, valid_y = (u - 0.5 * stride / size[:, :1] < 1 - 1e-4), (v - 0.5 * stride / size[:, 1:] < 1 - 1e-4)
         visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, S)
-        half = x.shape[1] // 2
-        position = torch.cat([sine(v, half)[:, :, None].expand(-1, -1, w, -1),
-                              sine(u, half)[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)  # (E, S, C)
-        x = x.flatten(2).transpose(1, 2)
-        x = x + position if self.placed else x
+        place = [valid.cumsum(1) / valid.sum(1, keepdim=True) for valid in (valid_x, valid_y)] if self.released else [u, v]
+        x_wave, y_wave = (sine(of_axis, x.shape[1] // 2, self.waves) for of_axis in place)
+        position = torch.cat([y_wave[:, :, None].expand(-1, -1, w, -1), x_wave[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)
+        x = x.flatten(2).transpose(1, 2)                                                     # (E, S, C), as `position`
+        x = x if self.released else x + position
         for layer in self.encoder:
             x = layer(x, position, visible[:, None, None])
         lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
         keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
-        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": size / stride, "lines": lines, "size": size}
+        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": token_frame(size, self.released) / stride, "lines": lines}
 
     def embed(self, memory, tokens, start=0):
         """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
@@ -275,7 +308,7 @@ class SeqTR(nn.Module):
         else:
             s = self.embed(memory, tokens, start)
         place = self.places.weight[start + 1:start + 1 + s.shape[1]] if tokens is not None else self.places.weight[:1]
-        x = s + place if self.placed else s
+        x = s if self.released else s + place
         for i, layer in enumerate(self.decoder):
             x = layer(x, s, place, memory, memory["keys"][i], None if cache is None else cache[i])
         return self.predictor(self.norm(x))
@@ -309,7 +342,7 @@ class SeqTR(nn.Module):
         side = visual.shape[-1] * self.strides[-1]
         memory = self.encode(features, image_of, text)
         tokens, score = self.generate(memory)
-        points = dequantise(tokens, size[image_of], self.bins)
+        points = dequantise(tokens, token_frame(size, self.released)[image_of], self.bins)
         scale = max(1, 256 // side)                              # small canvases are drawn finer than their pixels
         prob = np.stack([rasterise(p * scale, side * scale, side * scale) for p in points.cpu().numpy()]) \
             if len(points) else np.zeros((0, side, side), bool)
@@ -328,13 +361,6 @@ def extent(images, fill):
         last = line.shape[1] - line.flip(1).int().argmax(1)
         sides.append(torch.where(line.any(1), last, line.shape[1]))
     return torch.stack(sides, 1).float()
-
-
-def sine(place, dim, temperature=10000.0):
-    """DETR's sine encoding of places (E,n) in shares of the image -> (E,n,dim)."""
-    period = temperature ** (torch.arange(dim // 2, device=place.device) * 2 / dim)
-    angle = place[..., None] * 2 * math.pi / period
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
 def bin_waves(bins, dim):
@@ -403,48 +429,6 @@ class PMCA(nn.Module):
         return gaussian(centre.sigmoid(), weight, memory["u"], memory["v"])
 
 
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values can be kept."""
-
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-
-    def _split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys(self, key, value):
-        """Projected keys and values, (E,heads,n,C/heads) each, of key and value (E,n,C)."""
-        return self._split(self.key(key)), self._split(self.value(value))
-
-    def forward(self, query, keys, mask):
-        """query (E,T,C), keys from `keys`; mask broadcasts to (E,heads,T,n): bool, true where seen, or added to the logits."""
-        x = F.scaled_dot_product_attention(self._split(self.query(query)), *keys, attn_mask=mask,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-def feed_forward(dim, dropout):
-    """The pointwise half of a transformer layer."""
-    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-
-
-class EncoderLayer(nn.Module):
-    """DETR's: positions join queries and keys; post-norm."""
-
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.attention, self.feed_forward = Attention(dim, heads, dropout), feed_forward(dim, dropout)
-        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(dropout)
-
-    def forward(self, x, position, visible):
-        """x, position (E,S,C), visible (E,1,1,S) bool -> (E,S,C)."""
-        asked = x + position
-        x = self.norms[0](x + self.dropout(self.attention(asked, self.attention.keys(asked, x), visible)))
-        return self.norms[1](x + self.dropout(self.feed_forward(x)))
-
-
 class DecoderLayer(nn.Module):
     """Causal self-attention, cross-attention modulated by PMCA, feed-forward; post-norm."""
 
@@ -469,8 +453,7 @@ class DecoderLayer(nn.Module):
         x = self.norms[0](x + self.dropout(self.own(asked, own, seen)))
         mask = memory["visible"][:, None, None]
         if self.pmca is not None:
-            bias = self.pmca(s, x, memory).masked_fill(~mask, -torch.inf)
-            mask = bias.to(keys[0].dtype)
+            mask = self.pmca(s, x, memory).masked_fill(~mask, -torch.inf)
         x = self.norms[1](x + self.dropout(self.cross(x + place, keys, mask)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
@@ -533,9 +516,16 @@ def sample(line, count, sampling):
     return np.stack([np.interp(at, along, closed[:, 0]), np.interp(at, along, closed[:, 1])], 1)
 
 
-def quantise(points, size, bins):
-    """Eq. 2: points (P,2) on an image of `size` (width, height) -> tokens (P,2), those of the far edge in the last bin."""
-    return np.floor(bins * points / np.asarray(size, float) + 0.5).clip(0, bins - 1).astype(np.int64)
+def token_frame(size, released):
+    """Width and height (...,2) that coordinates are shares of: the image's own, and as released those up to a multiple of 32."""
+    return -(-size // 32) * 32 if released else size
+
+
+def quantise(points, size, bins, released=False):
+    """Eq. 2: points (P,2) on an image of `size` (width, height) -> tokens (P,2), those of the far edge in the last bin. The
+    released code does not round, it cuts."""
+    share = points / token_frame(np.asarray(size, float), released)
+    return np.floor(bins * share + (0 if released else 0.5)).clip(0, bins - 1).astype(np.int64)
 
 
 def dequantise(tokens, size, bins):
@@ -572,7 +562,7 @@ def visible_size(frame):
 
 # ---- targets and losses -------------------------------------------------------------------------------------
 
-def make_targets(example, points, bins, contour, sampling, box=False, pseudo=None, raw=None):
+def make_targets(example, points, bins, contour, sampling, released=False, box=False, pseudo=None, raw=None):
     """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end.
 
     box: the corners of the annotated box instead of the mask's contour. pseudo: {expression: RLE} of masks that stand for the
@@ -596,7 +586,7 @@ def make_targets(example, points, bins, contour, sampling, box=False, pseudo=Non
             corners = frame.points_in(raw[e])[::-1 if frame.flipped else 1][:points]  # clockwise in the mirror, too
         else:
             corners = lines[wanted[e]]
-        row[:len(corners)] = quantise(corners, size, bins)
+        row[:len(corners)] = quantise(corners, size, bins, released)
     return {"tokens": torch.from_numpy(rows).flatten(1)}
 
 
@@ -678,7 +668,7 @@ def training_view(args, train_set, folder):
     if args.stage == "rec":
         return train_set.view(expression_mask=partial(box_mask, train_set), targets=partial(train_set.targets, box=True))
     supervised = has_masks(args, train_set)
-    if args.stage == "res":
+    if args.stage in ROWS:
         return narrowed(train_set, supervised)
     pseudo, raw = read_pseudo(folder.parent / "pseudo" / "masks.json", train_set, args.threshold)
     supervised[list(pseudo)] = True
@@ -695,7 +685,7 @@ def check_corpus(dataset):
                         "teach that.")
 
 
-def polygon_bound(dataset, bins, limit=300):
+def polygon_bound(dataset, bins, released=False, limit=300):
     """Mean IoU in percent, in the image's frame, of the sequences that `dataset.targets` makes of the true masks themselves:
     what its number of points and bins allows. Of at most `limit` sentences, evenly chosen."""
     values = []
@@ -704,7 +694,7 @@ def polygon_bound(dataset, bins, limit=300):
         frame, mask = dataset.canvas.frame(*map(int, dataset.sizes[image])), dataset.expression_mask(e)
         example = data.Example(dataset, image, np.array([e]), mask[None], np.zeros(1, int), frame, np.random.default_rng(0))
         tokens = dataset.targets(example)["tokens"]
-        points = dequantise(tokens, torch.tensor([visible_size(frame)]), bins)[0].numpy()
+        points = dequantise(tokens, token_frame(torch.tensor([visible_size(frame)]), released), bins)[0].numpy()
         scale = max(1, 256 // frame.canvas_width)
         drawn = rasterise(points * scale, frame.canvas_height * scale, frame.canvas_width * scale)
         drawn = frame.prob_img(torch.from_numpy(drawn)[None].float())[0].numpy() >= INSIDE
@@ -905,7 +895,8 @@ def snapshot(args, model, vocabulary, step, best):
             "vocabulary": list(vocabulary), "model": model.state_dict()}
 
 
-LATER = {"res": {"rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "threshold", "rpp"}, "retrain": {"rec_epochs"}}
+LATER = dict.fromkeys(ROWS, {"rows", "rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "threshold", "rpp"})
+LATER["retrain"] = {"rows", "rec_epochs"}
 LATER["rec"] = LATER["res"] - {"stage_lr"} | {"ratio", "sigma", "contour", "sampling", "eos_weight"}  # what a stage does not see
 
 
@@ -935,46 +926,49 @@ class stop_signal:
 
 # ---- main ---------------------------------------------------------------------------------------------------
 
-def transfer(model, path, vocabulary):
-    """Begin with the weights of another stage; returns whether they saw RefCOCO's val or test images. PMCA's may be missing,
-    and of another number of points as many places are taken as there are. Raises UserError where anything else differs."""
-    state = checkpoint.load(path)
-    if "coordinates.weight" not in state.get("model", {}):
-        raise UserError(f"{path} was made by {state['script']}.py and holds no SeqTR.")
-    if state.get("vocabulary") != list(vocabulary):
-        raise UserError(f"{path} was trained with another vocabulary than this corpus'; train its own `rec`.")
-    own, theirs = model.state_dict(), dict(state["model"])
-    table = theirs.pop("places.weight", own["places.weight"])
-    rows = min(len(table), len(own["places.weight"]))
-    if table.shape[1:] != own["places.weight"].shape[1:]:
-        raise UserError(f"{path} has another --dim than this model.")
-    theirs["places.weight"] = torch.cat([table[:rows], own["places.weight"][rows:]])
+def transfer(model, begun, path, args):
+    """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images. PMCA's
+    may be missing, and of another number of points as many places are taken as there are. Raises UserError where the rest differs."""
+    if "coordinates.weight" not in begun["model"]:
+        raise UserError(f"{path} was made by {begun['script']}.py and holds no SeqTR.")
+    shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "bins")
+    other = [f"--{key.replace('_', '-')} {begun['args'].get(key)}" for key in shape if begun["args"].get(key) != getattr(args, key)]
+    if other:
+        raise UserError(f"{path} was made with {', '.join(other)}; say the same to begin with it.")
+    own, theirs = model.state_dict(), dict(begun["model"])
+    table = theirs["places.weight"][:len(own["places.weight"])]
+    theirs["places.weight"] = torch.cat([table, own["places.weight"][len(table):]])
     theirs |= {name: value for name, value in own.items() if ".pmca." in name and name not in theirs}
     checkpoint.load_model(model, {"model": theirs}, path)
-    return bool(state["args"].get("leaky_init"))
+    return bool(begun["args"].get("leaky_init"))
 
 
 def run_stage(args, ranks, folder, origin):
     """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None."""
     torch.manual_seed(args.seed)
-    glove = Path(args.data_root) / args.dataset / "words.npz"
-    known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
-    train_path = data.split_path(args.data_root, args.dataset, "train")
-    targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling)
+    train_path, begun = data.split_path(args.data_root, args.dataset, "train"), checkpoint.load(origin) if origin else None
+    released = args.base == "released"
+    targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling,
+                      released=released)
     jittered = args.jitter != [1.0, 1.0]
     if jittered and args.expressions_per_image != 1:
         raise UserError("--jitter looks at the object, so it needs --expressions-per-image 1; `--jitter 1 1` turns it off.")
     augment = partial(jitter, low=args.jitter[0], high=args.jitter[1], flip=args.flip) if jittered else None
     train_set = data.RefDataset(train_path, None, None, targets, 0.0 if jittered else args.flip, args.seed, augment)
     check_corpus(train_set)
-    vocabulary = Vocabulary.build(train_set.texts, known)
+    if begun:  # the words that its weights know
+        vocabulary = Vocabulary(begun["vocabulary"])
+    else:
+        glove = Path(args.data_root) / args.dataset / "words.npz"
+        known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
+        vocabulary = Vocabulary.build(train_set.texts, known)
     train_set.encode, train_set.canvas = frontend(args, vocabulary)
     val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
     model = build_model(args, vocabulary)
 
     if args.stage == "pseudo":
         if not (folder / "masks.json").is_file():
-            checkpoint.load_model(model, checkpoint.load(origin), origin)
+            checkpoint.load_model(model, begun, origin)
             make_pseudo(args, ranks, folder, model.to(ranks.device), train_set)
         return
     state = checkpoint.load_newest(folder)
@@ -986,39 +980,40 @@ def run_stage(args, ranks, folder, origin):
     distributed.barrier(ranks)
     if state:
         args.leaky_init = state["args"]["leaky_init"]
-    elif origin:
-        args.leaky_init = transfer(model, origin, vocabulary)
+    elif begun:
+        args.leaky_init = transfer(model, begun, origin, args)
     else:
         if args.weights != "none":
             args.leaky_init = load_weights(model.backbone, args.weights, args.leaky_init)["leaky"]
         if vectors is not None:
             model.language.load_vectors(vocabulary, known, vectors)
     if args.stage == "res" and ranks.main and not state:
-        bound = polygon_bound(val_set.view(targets=targets), args.bins)
+        bound = polygon_bound(val_set.view(targets=targets), args.bins, released)
         print(f"{args.points} points of the true masks reach mIoU {bound:.2f} on val", flush=True)
     train(args, ranks, folder, state, model, vocabulary, training_view(args, train_set, folder), val_set)
 
     best = (folder / "best.pt").stat().st_mtime
     scored = [folder / "eval" / f"{args.dataset}_{split}.json" for split in args.eval_splits]
-    if distributed.any_rank(ranks, not all(path.is_file() and path.stat().st_mtime >= best for path in scored)):
-        from eval import main as evaluate_run  # the same program that a user runs afterwards
-        evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
-                      "--task", "rec" if args.stage == "rec" else "res",
-                      "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
+    if not distributed.any_rank(ranks, not all(path.is_file() and path.stat().st_mtime >= best for path in scored)):
+        return
+    from eval import main as evaluate_run  # the same program that a user runs afterwards
+    evaluate_run(["--run", str(folder), "--split", *args.eval_splits, "--report", "--device", args.device,
+                  "--task", "rec" if args.stage == "rec" else "res",
+                  "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
 
 
 def print_stages(args, folder):
     """One table of what the stages reached, from the files that they left."""
-    print(f"{'stage':10}{'split':>8}{'REC@0.5':>10}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}   {folder}")
-    for stage in ("rec", "res", "retrain"):
+    whole = f"--cctf {args.cctf} --pmca {args.pmca}" if "off" in (args.cctf, args.pmca) else "+ CCTF + PMCA"
+    labels = {"rec": "boxes", "baseline": "baseline", "cctf": "+ CCTF", "res": whole, "retrain": "+ retraining"}
+    print(f"{'stage':10}{'':26}{'split':>8}{'REC@0.5':>9}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}   {folder}")
+    for stage, label in labels.items():
         for split in args.eval_splits:
             path = folder / stage / "eval" / f"{args.dataset}_{split}.json"
             if path.is_file():
                 summary = read_json(path)
-                cells = [summary["REC@0.5"], *(summary[key] if stage != "rec" else None
-                                               for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9"))]
-                print(f"{stage:10}{split:>8}" + "".join(f"{'-' if c is None else f'{c:.2f}':>{10 if i == 0 else 8}}"
-                                                        for i, c in enumerate(cells)))
+                cells = [f"{summary[key]:>8.2f}" for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9") if stage != "rec"]
+                print(f"{stage:10}{label:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(cells))
         if stage == "res" and (folder / "pseudo" / "masks.json").is_file():
             values = np.array([label["D"] for label in read_json(folder / "pseudo" / "masks.json")["labels"]])
             print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")
@@ -1043,10 +1038,13 @@ def main(argv=None):
         folder = runlog.run_folder(args, Path(__file__).stem)
         args.resume = True  # a chain goes on from what is there
         first = Path(args.rec_from) if args.rec_from else folder / "rec" / "best.pt"
-        origins = {"rec": None, "res": first, "pseudo": folder / "res" / "best.pt",
-                   "retrain": folder / "res" / "best.pt" if args.retrain_from == "res" else first}
+        origins = dict.fromkeys(STAGES, first) | {"rec": None, "pseudo": folder / "res" / "best.pt"}
+        if args.retrain_from == "res":
+            origins["retrain"] = folder / "res" / "best.pt"
+        unwanted = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows,
+                    "pseudo": args.ratio == 100, "retrain": args.ratio == 100}  # of all masks none is left to predict
         for stage in STAGES:
-            if args.stage not in ("all", stage) or stage == "rec" and args.rec_from:
+            if args.stage != stage and (args.stage != "all" or unwanted.get(stage)):
                 continue
             if origins[stage] and not origins[stage].is_file():
                 raise UserError(f"{origins[stage]} does not exist, which --stage {stage} begins with; run the stages before it.")

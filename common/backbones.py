@@ -130,6 +130,14 @@ class Darknet53(nn.Module):
         return taken
 
 
+class DarknetNeck(nn.Sequential):
+    """The six convolutions, 1x1 and 3x3 in turn, that YOLOv3 has behind the trunk at stride 32, and SeqTR and MCN, too."""
+
+    def __init__(self, channels=1024):
+        super().__init__(*(DarknetConv(channels if i % 2 == 0 else channels // 2, channels // 2 if i % 2 == 0 else channels,
+                                       1 if i % 2 == 0 else 3) for i in range(6)))
+
+
 def read_darknet(path):
     """Darknet's `.weights` file -> (header dict: major, minor, revision, seen), float32 array (memory-mapped).
 

@@ -1,10 +1,12 @@
-"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth.
+"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth, attention and DETR's encoder layer.
 
 GroupNorm (Wu & He, 2018) instead of BatchNorm, so that a sample's result never depends on its batch.
 """
 import math
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -45,6 +47,14 @@ def coordinates(height, width, like):
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
 
 
+def sine(place, dim, waves=1.0, temperature=10000.0):
+    """Sines and cosines (..., n, dim) in turn of places (..., n) in shares of a side, DETR's: the fastest has `waves` waves over the
+    side, the others up to `temperature` times slower. `dim` must be even."""
+    period = temperature ** (torch.arange(dim // 2, device=place.device) * 2 / dim)
+    angle = place[..., None] * 2 * math.pi * waves / period
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
 def sine_positions(height, width, dim, device=None, temperature=10000.0):
     """(height, width, dim): DETR's fixed 2-D encoding, dim/2 channels of y and then dim/2 of x.
 
@@ -52,13 +62,7 @@ def sine_positions(height, width, dim, device=None, temperature=10000.0):
     """
     if dim % 4:
         raise ValueError(f"sine_positions needs a multiple of 4 channels, got {dim}")
-    period = temperature ** (torch.arange(dim // 4, device=device) * 4 / dim)
-
-    def encode(size):
-        angle = (torch.arange(1, size + 1, device=device) * (2 * math.pi / size))[:, None] / period
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
-
-    y, x = encode(height), encode(width)
+    y, x = (sine(torch.arange(1, size + 1, device=device) / size, dim // 2, temperature=temperature) for size in (height, width))
     return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], -1)
 
 
@@ -67,3 +71,49 @@ def normalise(images, mean, std):
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
     return (images - mean) / std
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be kept."""
+
+    def __init__(self, dim, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, key, value):
+        """Projected keys and values, (E,heads,n,C/heads) each, of key and value (E,n,C)."""
+        return self._split(self.key(key)), self._split(self.value(value))
+
+    def forward(self, query, keys, mask):
+        """query (E,T,C), keys from `keys`; mask broadcasts to (E,heads,T,n): bool, true where seen, or added to the logits."""
+        parts = [self._split(self.query(query)), *keys]
+        on_cpu = query.device.type == "cpu"  # where bfloat16's backward pass takes several times as long as float32's
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+            parts = [part.float() for part in parts] if on_cpu else parts
+            mask = mask if mask.dtype == torch.bool else mask.to(parts[0].dtype)
+            x = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def feed_forward(dim, dropout):
+    """The pointwise half of a transformer layer, four times as wide inside."""
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+
+class EncoderLayer(nn.Module):
+    """DETR's (Carion et al., 2020): positions join queries and keys; post-norm."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(dim, heads, dropout), feed_forward(dim, dropout)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2)), nn.Dropout(dropout)
+
+    def forward(self, x, position, visible):
+        """x, position (E,S,C), visible (E,1,1,S) bool -> (E,S,C)."""
+        asked = x + position
+        x = self.norms[0](x + self.dropout(self.attention(asked, self.attention.keys(asked, x), visible)))
+        return self.norms[1](x + self.dropout(self.feed_forward(x)))

@@ -8,9 +8,13 @@
     swin       torchvision's swin_t/s/b `.pth`
     vit        Google's AugReg `.npz`; timm's, DeiT's and DINO's `.pth`, `.bin` or `.safetensors`
     bert       Hugging Face's `pytorch_model.bin` or `model.safetensors`, of any size
+    seqtr      SeqTR's det_best.pth or segm_best.pth, with --words token_to_ix.pkl and --dataset
 
 The result is a dict {kind, config, state, mean, std, source, sha256, leaky} that `common.backbones.load_weights`
 reads. Nothing is unpickled beyond tensors and plain containers, and a file that is not understood is refused.
+
+What comes of a whole SeqTR is a checkpoint of train_seqtr_partial.py with --base released, for `--rec-from` there and for
+`python eval.py --checkpoint`.
 
 Leaky weights: the official yolov3.weights were trained on COCO images that stand in RefCOCO's val and test splits.
 They are refused without --leaky-init, and results made from them are marked. YOLOv3 files look alike whatever they
@@ -27,10 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import backbones
+from common import backbones, checkpoint
 from common.backbones import HALF, IMAGENET_MEAN, IMAGENET_STD, load_augreg_npz, load_exactly, read_darknet, read_torch
 from common.config import Parser, UserError, run
 from common.language import Bert, hf_names
+from data_prep.refcoco import parse_json, parse_pickle, read_bytes
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit on a safetensors header
 MAX_NUMBERS = 1 << 31  # ViT-L, the largest here, has 0.3e9; tensors may claim more numbers than their file has
@@ -49,7 +54,10 @@ def get_parser():
     parser.add_argument("--pixels", choices=("auto", "half", "imagenet"), default="auto",
                         help="vit: the pixel normalisation the file was trained with, 0.5 or ImageNet's mean and std")
     parser.switch(None, "leaky-init", False, "darknet: accept weights trained on RefCOCO's val and test images")
-    parser.switch(None, "coco-minus", False, "darknet: a detector trained on COCO without RefCOCO's val and test")
+    parser.switch(None, "coco-minus", False, "darknet: a detector trained on COCO without RefCOCO's val and test; seqtr: begun with it "
+                  "and not pre-trained on other corpora")
+    parser.add_argument("--words", default="", metavar="FILE", help="seqtr: the token_to_ix.pkl (or .json) that it was trained with")
+    parser.add_argument("--dataset", default="", help="seqtr: the corpus it was trained on, as it is called here, such as refcoco")
     return parser
 
 
@@ -74,6 +82,8 @@ def main(argv=None):
         raise UserError(f"{path} holds numbers that are not finite in {broken[0]}; fetch it again.")
     data = {"kind": args.kind, "config": model.config, "state": state, "mean": getattr(model, "mean", None),
             "std": getattr(model, "std", None), "source": path.name, "sha256": digest, "leaky": args.leaky_init}
+    if args.kind == "seqtr":
+        data = model.checkpoint | {"model": state, "source": path.name, "sha256": digest}
     write(out, data)
     numbers = sum(value.numel() for value in state.values())
     print(f"{path.name}  sha256 {digest}")
@@ -81,7 +91,7 @@ def main(argv=None):
           + " ".join(f"{key}={value}" for key, value in model.config.items()))
     print("missing   nothing")
     print("left over " + (", ".join(left) if left else "nothing"))
-    if data["mean"]:
+    if data.get("mean"):
         print(f"pixels    mean {data['mean']}, std {data['std']} of 0..1 RGB")
     if args.leaky_init:
         notes.append("LEAKY: has seen RefCOCO's val and test images; results will say so")
@@ -194,8 +204,82 @@ def convert_bert(path, args):
     return model, model.load_hf(state), []
 
 
+def convert_seqtr(path, args):
+    """A whole SeqTR for one corpus, of boxes or of contours, as a checkpoint of train_seqtr_partial.py; [TASK] is zero there."""
+    import train_seqtr_partial as seqtr  # the one script whose peer published whole models
+    if not args.words or not args.dataset:
+        raise UserError("--kind seqtr needs --words token_to_ix.pkl, which numbers the words, and --dataset, such as refcoco.")
+    if args.coco_minus == args.leaky_init:
+        raise UserError(f"nothing in {path} tells its training images: say --coco-minus if it began with Darknet's weights of COCO "
+                        "without RefCOCO's val and test images and was trained on its corpus alone, or else --leaky-init.")
+    state = read_state(path, ("ema_state_dict", "state_dict"))
+    if any(name.startswith("head.task_embedding") for name in state):
+        raise UserError(f"{path} is a multi-task SeqTR, which says a box before every contour; there is no such model here.")
+    places, table = (state.get(f"head.transformer.{name}.weight") for name in ("seq_positional_encoding.embedding", "query_embedding"))
+    if places is None or table is None or places.ndim != 2 or len(places) % 2 == 0 or len(places) < 5 or table.shape != (1001, 256):
+        raise UserError(f"{path} is no SeqTR with the names of its code; it begins with {_begin(state)}.")
+    entries = read_words(args.words)
+    if len(state.get("lan_enc.embedding.weight", ())) != len(entries) + 2:
+        raise UserError(f"{args.words} numbers {len(entries) + 2:,} words, {path} has vectors for "
+                        f"{len(state.get('lan_enc.embedding.weight', ())):,}: they are of different corpora.")
+    settings = seqtr.get_parser().parse_args([])
+    vars(settings).update(base="released", dataset=args.dataset, stage="rec" if len(places) == 5 else "res", cctf="off", pmca="off",
+                          points=len(places) // 2, max_words=20 if args.dataset.startswith("refcocog") else 15,
+                          leaky_init=args.leaky_init)
+    model = seqtr.build_model(settings, seqtr.make_vocabulary(entries))
+    model.config = {"stage": settings.stage, "dataset": args.dataset, "words": len(entries)} \
+        | ({"points": settings.points} if settings.stage == "res" else {})
+    model.checkpoint = {"version": checkpoint.VERSION, "script": seqtr.__name__, "args": vars(settings), "step": 0, "best": {},
+                        "vocabulary": entries}
+    left = load_exactly(model, seqtr_names(state) | {"task.weight": torch.zeros_like(model.task.weight)})
+    return model, left, ["pixels 0..255, zero [TASK], SeqTR's neck and padding: --base released, which the checkpoint says itself"]
+
+
+def seqtr_names(state):
+    """SeqTR's state dict under the names of train_seqtr_partial.py; what is unknown keeps its name."""
+    names = {"vis_enc.darknet.0": "backbone.stem", "vis_enc.darknet.12": "neck.4", "vis_enc.darknet.13": "neck.5",
+             "fusion.down_bot2mid.1": "merge1", "fusion.down_mid2top.1": "merge2", "fusion.top_project": "merge3",
+             "lan_enc.embedding": "language.embedding", "lan_enc.lstm": "language.gru",
+             "head.transformer.input_proj.conv": "project.0", "head.transformer.input_proj.gn": "project.1",
+             "head.transformer.query_embedding": "coordinates", "head.transformer.seq_positional_encoding.embedding": "places",
+             "head.transformer.decoder.norm": "norm"}
+    for stage, blocks in enumerate((1, 2, 8, 8, 4)):
+        names[f"vis_enc.darknet.{2 * stage + 1}"] = f"backbone.stages.{stage}.0"
+        names |= {f"vis_enc.darknet.{2 * stage + 2}.module_list.{i}.{j}": f"backbone.stages.{stage}.{i + 1}.conv{j + 1}"
+                  for i in range(blocks) for j in (0, 1)}
+    names |= {f"vis_enc.darknet.11.module_list.{i // 2}.{i % 2}": f"neck.{i}" for i in range(4)}
+    names |= {f"head.predictor.{i}.fc": f"predictor.{2 * i}" for i in range(3)}
+    for half, layers, attentions in (("encoder", 6, {"self_attn": "attention"}),
+                                     ("decoder", 3, {"self_attn": "own", "multihead_attn": "cross"})):
+        for i in range(layers):
+            theirs, ours = f"head.transformer.{half}.layers.{i}", f"{half}.{i}"
+            names |= {f"{theirs}.linear1": f"{ours}.feed_forward.0", f"{theirs}.linear2": f"{ours}.feed_forward.3"}
+            names |= {f"{theirs}.norm{n + 1}": f"{ours}.norms.{n}" for n in range(len(attentions) + 1)}
+            names |= {f"{theirs}.{their}": f"{ours}.{our}" for their, our in attentions.items()}
+    renamed = {}
+    for name, value in state.items():
+        begin = next((begin for begin in names if name.startswith(f"{begin}.")), None)
+        end = name[len(begin):].replace(".out_proj.", ".out.") if begin else ""
+        if end.startswith(".in_proj_"):  # queries, keys and values in one
+            for part, rows in zip(("query", "key", "value"), value.chunk(3)):
+                renamed[f"{names[begin]}.{part}.{end.removeprefix('.in_proj_')}"] = rows
+        else:
+            renamed[names[begin] + end if begin else name] = value
+    return renamed
+
+
+def read_words(path):
+    """The words of SeqTR's token_to_ix, a pickle or JSON of {word: id}, in the order of their ids from 2 on. Raises UserError."""
+    path = Path(path)
+    words = (parse_json if path.suffix == ".json" else parse_pickle)(read_bytes(path), path)
+    if not isinstance(words, dict) or any(type(word) is not str or type(i) is not int for word, i in words.items()) \
+            or sorted(words.values()) != list(range(len(words))) or [words.get("PAD"), words.get("UNK")] != [0, 1]:
+        raise UserError(f"{path} is no numbering of words from PAD, 0, and UNK, 1, on.")
+    return sorted(words, key=words.get)[2:]
+
+
 CONVERTERS = {"darknet": convert_darknet, "resnet": convert_resnet, "swin": convert_swin, "vit": convert_vit,
-              "bert": convert_bert}
+              "bert": convert_bert, "seqtr": convert_seqtr}
 
 
 def _count(state, pattern):
@@ -215,17 +299,17 @@ def _begin(state):
 
 # ---- files --------------------------------------------------------------------------------------------------
 
-def read_state(path):
+def read_state(path, keys=("model", "state_dict")):
     """The float tensors of a `.safetensors` file or of a `torch.save`d one, as {name: float32 tensor}.
 
-    A state dict inside {"model": …} or {"state_dict": …} is unwrapped, and a prefix `module.` dropped. Raises UserError
+    A state dict inside {"model": …} or another of the `keys` is unwrapped, and a prefix `module.` dropped. Raises UserError
     for files that are damaged, hold no tensors, or hold objects that only code could rebuild.
     """
     if Path(path).suffix == ".safetensors":
         state = read_safetensors(path)
     else:
         state = read_torch(path)
-        for key in ("model", "state_dict"):
+        for key in keys:
             state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     tensors = {name.removeprefix("module."): value for name, value in state.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}

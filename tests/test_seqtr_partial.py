@@ -25,7 +25,7 @@ TINY = ["--yaml", "yaml/seqtr_partial_refshapes.yaml", "--size", "64", "--dim", 
         "--encoder-layers", "1", "--decoder-layers", "2", "--bins", "32", "--points", "5", "--batch-size", "4", "--workers", "0",
         "--eval-splits", "val", "--amp", "off"]
 ROWS = [[], ["--cctf", "released"], ["--cctf", "off"], ["--pmca", "released"], ["--pmca", "off"], ["--cctf", "off", "--pmca", "off"],
-        ["--positions", "keys"], ["--stage", "rec"]]
+        ["--base", "released"], ["--stage", "rec"]]
 
 
 def settings(*flags):
@@ -201,7 +201,7 @@ def test_every_row_trains_and_segments(flags):
     images, image_of, text, tokens = inputs()
     tokens = tokens[:, :2 * model.points]
     partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, args)["ce"].backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())] == []
     with torch.inference_mode():
         out = model.eval().segment(model.encode_image(images), image_of, text)
     assert out["prob"].shape == (3, 256, 256) and set(out["prob"].unique().tolist()) <= {0.0, 1.0}
@@ -390,7 +390,7 @@ CHAIN = [*TINY, "--ratio", "50", "--threshold", "inf", "--rec-epochs", "1", "--e
 @pytest.fixture(scope="module")
 def chain(shapes, tmp_path_factory):
     out = tmp_path_factory.mktemp("chain") / "run"
-    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
+    done = command("train_seqtr_partial.py", *CHAIN, "--rows", "--data-root", shapes, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
@@ -402,7 +402,10 @@ def labels(out):
 def test_chain(chain, shapes):
     out, said = chain
     assert all((out / stage / "best.pt").is_file() and (out / stage / "report.html").is_file() for stage in ("rec", "res", "retrain"))
-    assert "reach mIoU" in said and said.rstrip().splitlines()[-1].startswith("retrain")
+    table = said[said.rindex("stage  "):].splitlines()[1:]
+    assert "reach mIoU" in said and [line.split()[0] for line in table] == ["rec", "baseline", "cctf", "res", "pseudo", "retrain"]
+    assert all(checkpoint.load(out / stage / "best.pt")["args"][key] == value for stage, row in partial_res.ROWS.items()
+               for key, value in ({"cctf": "paper", "pmca": "paper"} | row).items())
     train = data.RefDataset(shapes / "refshapes" / "train.json", None, None)
     supervised = partial_res.has_masks(parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes)]), train)
     assert 0 < supervised.sum() < len(train)
@@ -413,6 +416,14 @@ def test_chain(chain, shapes):
         assert label["D"] == pytest.approx(partial_res.projection_loss(mask, partial_res.box_mask(train, e)), abs=1e-5)
     rec = checkpoint.load(out / "rec" / "best.pt")
     assert "REC@0.5" in rec["best"] and rec["args"]["cctf"] == "off" and not any(".pmca." in name for name in rec["model"])
+
+
+def test_of_all_masks_none_is_left_to_predict(chain, shapes):
+    out, _ = chain
+    done = command("train_seqtr_partial.py", *CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all",
+                   "--rec-from", out / "rec" / "best.pt", "--eval-splits")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.parent.name for path in (out.parent / "all").glob("*/*")} == {"res"} and not (out.parent / "all" / "res" / "eval").exists()
 
 
 def test_a_second_call_finds_all_done(chain, shapes):
@@ -487,7 +498,7 @@ def test_what_retraining_learns_from(chain, shapes):
 @pytest.mark.parametrize("flags, sentence", [
     (["--stage", "res"], "rec/best.pt does not exist"), (["--stage", "retrain", "--rec-from", "{rec}"], "masks.json does not exist"),
     (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--dim", "18"], "multiple of 4"), (["--size", "60"], "multiple of 32"),
-    (["--rec-from", "{rec}", "--dim", "32"], "has another --dim"), (["--out", "{out}", "--lr", "1"], "give the same settings to go on"),
+    (["--rec-from", "{rec}", "--dim", "32"], "made with --dim 16"), (["--out", "{out}", "--lr", "1"], "give the same settings to go on"),
 ])
 def test_bad_input(chain, shapes, tmp_path, flags, sentence):
     out, _ = chain

@@ -432,14 +432,14 @@ def criterion(outputs, targets, num_masks=None, weights=(2.0, 5.0, 5.0), no_obje
     """Mask2Former's losses (Sec. 3.3 and 4.1) on the last and all `aux` outputs, each matched for itself.
 
     targets: for each image {"labels": (n,) int64, "masks": (n,H,W) bool over the canvas}; n may be 0. num_masks: what
-    the mask losses are divided by, the mean count of targets per rank; this batch's own without it, at least 1.
+    the mask losses are divided by, the mean count of targets per rank; this batch's own without it, at least 1. The
+    weights of the class loss are summed by it, too, so that the gradient of a step does not depend on its ranks.
     weights: of class, BCE and Dice, in the costs and in the losses. no_object: the class weight of unmatched queries.
     points: places per mask; `importance` of them are the most uncertain of points * oversample random ones.
     Returns {"loss": their sum, with gradient; "class", "mask", "dice": its parts, detached; "matches": [(queries,
     targets)] of the last output, for each image}.
     """
-    if num_masks is None:
-        num_masks = sum(len(target["labels"]) for target in targets)
+    given, num_masks = num_masks, sum(len(target["labels"]) for target in targets) if num_masks is None else num_masks
     num_masks = max(float(num_masks), 1.0)
     totals, last = torch.zeros(3, device=outputs["pred_logits"].device), None
     for output in [outputs, *outputs.get("aux", [])]:
@@ -448,20 +448,25 @@ def criterion(outputs, targets, num_masks=None, weights=(2.0, 5.0, 5.0), no_obje
                          torch.rand(points, 2, device=logits.device), weights) for b, target in enumerate(targets)]
         last = matches if last is None else last
         mask, dice = mask_losses(masks, targets, matches, points, oversample, importance)
-        parts = torch.stack([class_loss(logits, targets, matches, no_object), mask / num_masks, dice / num_masks])
+        parts = torch.stack([class_loss(logits, targets, matches, no_object, given), mask / num_masks, dice / num_masks])
         totals = totals + parts * totals.new_tensor(weights)
     names = dict(zip(("class", "mask", "dice"), totals.detach()))
     return {"loss": totals.sum(), **names, "matches": last}
 
 
-def class_loss(logits, targets, matches, no_object=0.1):
-    """Cross-entropy of logits (B,N,C+1); unmatched queries shall say "no object", at that weight; weighted mean."""
+def class_loss(logits, targets, matches, no_object=0.1, num_masks=None):
+    """Cross-entropy of logits (B,N,C+1); unmatched queries shall say "no object", at that weight; weighted mean.
+
+    num_masks: the number of matched queries that the mean reckons with; this batch's own without it.
+    """
     truth = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
     for b, (queries, found) in enumerate(matches):
         truth[b, queries] = targets[b]["labels"][found]
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = no_object
-    return F.cross_entropy(logits.flatten(0, 1), truth.flatten(), weight)
+    matched = sum(len(queries) for queries, _ in matches) if num_masks is None else num_masks
+    loss = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), weight, reduction="sum")
+    return loss / (matched + no_object * (truth.numel() - matched))
 
 
 def mask_losses(masks, targets, matches, points=12544, oversample=3, importance=0.75):

@@ -21,6 +21,7 @@ import torch
 from common.config import run
 from data_prep import refshapes
 from tests.conftest import REPOSITORY, TINY, TINY_SCALE
+from tests.test_mutual import STEPS, TINY as MUTUAL
 from tests.test_pks import TINY as PKS
 from tests.test_seqtr_partial import CHAIN
 from tests.test_tseg import TINY as TSEG
@@ -31,7 +32,12 @@ SCRIPTS = {  # what makes each script small enough for a test: two epochs, or a 
     "train_pks": [*PKS, *TWO_EPOCHS],
     "train_tseg": [*TSEG, *TWO_EPOCHS],
     "train_seqtr_partial": CHAIN,
+    "train_mutual": [*MUTUAL, *STEPS, *TWO_EPOCHS[2:]],
 }
+MOMENTS = {  # what a process is about to do, and the call that does it
+    "data making": "data_prep.refshapes:make_scene", "a step": "common.runlog:Log.step",
+    "saving, not yet on the disk": "os:fsync", "saving, not yet in place": "os:replace", "evaluating": "common.metrics:areas",
+    "between stages": "common.runlog:open_folder", "the last evaluation": "eval:main"}
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "eval", *SCRIPTS])
 
@@ -109,6 +115,18 @@ def _wrap(target, before):
     setattr(owner, name, wrapped)
 
 
+def unbroken(script, data_root, folder):
+    """Train `script` in peace: (run folder, {target of MOMENTS: number of calls})."""
+    tally = Tally(tuple(MOMENTS.values()), str(folder / "tally.json"))
+    finish(script, words(script, data_root, folder / "run"), folder / "log", hurt=[tally])
+    return folder / "run", json.loads((folder / "tally.json").read_text())
+
+
+def words(script, data_root, out, *more):
+    """The command line of a small run."""
+    return [*SCRIPTS[script], "--data-root", data_root, "--out", out, *more]
+
+
 class Running:
     """A program under way in one process for each rank."""
 
@@ -133,10 +151,10 @@ class Running:
                        if Path(f"{self.log}{rank}").exists())
 
 
-def start(program, argv, log, ranks=1, hurt=(), hurt_rank=0):
+def start(program, argv, log, ranks=1, hurt=(), hurt_rank=None):
     """Run `python program.py argv…` in the repository, on `ranks` processes; what they print goes to the files `log`0, ….
 
-    hurt: what befalls rank `hurt_rank`, a tuple of Moment, Setting, Tally and SmallDisk. Returns Running.
+    hurt: what befalls rank `hurt_rank`, or all, in this order: Moment, Setting, Tally, SmallDisk, …. Returns Running.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -146,7 +164,7 @@ def start(program, argv, log, ranks=1, hurt=(), hurt_rank=0):
         meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = CONTEXT.Process(target=_child, args=(
             program, [str(word) for word in argv], f"{log}{rank}",
-            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if rank == hurt_rank else ()))
+            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if hurt_rank in (None, rank) else ()))
         process.start()
         processes.append(process)
     return Running(processes, log)

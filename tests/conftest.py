@@ -45,6 +45,19 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def unbroken(shapes, tmp_path_factory):
+    """script -> (run folder, {target: calls}) of a small run that nothing happened to, made once; read only."""
+    from tests import children
+    made = {}
+
+    def of(script):
+        if script not in made:
+            made[script] = children.unbroken(script, shapes, tmp_path_factory.mktemp(script))
+        return made[script]
+    return of
+
+
+@pytest.fixture(scope="session")
 def samples():
     """The folder of real sample files; a test that needs it skips where it is not there."""
     if not SHARED.is_dir():

@@ -11,35 +11,11 @@ import pytest
 import torch
 
 from common import checkpoint
-from tests import children
-from tests.children import SCRIPTS, Moment, Setting, SmallDisk, Tally, finish, start
+from tests.children import MOMENTS, SCRIPTS, Moment, Setting, SmallDisk, finish, start, words
 from tests.conftest import TINY_SCALE
 
-MOMENTS = {  # what the process is about to do
-    "data making": "data_prep.refshapes:make_scene", "a step": "common.runlog:Log.step",
-    "saving, not yet on the disk": "os:fsync", "saving, not yet in place": "os:replace", "evaluating": "common.metrics:areas",
-    "between stages": "common.runlog:open_folder", "the last evaluation": "eval:main"}
 KILLS = [pytest.param(script, number, marks=[] if number < 2 else pytest.mark.slow)
          for script in SCRIPTS for number in range(20)]
-
-
-@pytest.fixture(scope="module")
-def unbroken(shapes, tmp_path_factory):
-    """script -> (run folder, {target: calls}) of a run that nothing happens to; made once."""
-    made = {}
-
-    def of(script):
-        if script not in made:
-            folder = tmp_path_factory.mktemp(script)
-            tally = Tally(tuple(MOMENTS.values()), str(folder / "tally.json"))
-            finish(script, words(script, shapes, folder / "run"), folder / "log", hurt=[tally])
-            made[script] = folder / "run", json.loads((folder / "tally.json").read_text())
-        return made[script]
-    return of
-
-
-def words(script, data_root, out, *more):
-    return [*SCRIPTS[script], "--data-root", data_root, "--out", out, *more]
 
 
 def content(run):

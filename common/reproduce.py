@@ -37,7 +37,9 @@ The format of yaml/tables/*.yaml (every key is checked, an unknown one is an err
     published        {column: figure or list of figures, one for each metric}; null where the paper has none
     ablates, effect  the row it is compared with, and what its flags act on: model, loss, data, decode or eval
     run_of           trains nothing: takes that row's run
-    eval             flags with which eval.py scores the run; without it the score is the one that training leaves
+    eval             flags with which eval.py scores the run; without it the score is the one that training leaves. `{row}` as in
+                     flags; `embedded_eval` takes its place on embedded corpora
+    trained_on       {corpus: another}: a row that others need, trained on another corpus than theirs; it has no scores
     stage            of a script with stages: the score of <run>/<stage>/
     built: false     somebody else's method, printed as "not built"
     x, remark, check place on the plot; misprint, guess, mixed metric; flags for --check of this row and of the one it ablates
@@ -74,6 +76,7 @@ def get_parser():
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows (and those they need)")
     parser.switch(None, "dry-run", False, "print the commands and run nothing")
     parser.switch(None, "check", False, "train nothing: does every row's flag change what its `effect` names?")
+    parser.switch(None, "first", False, "--check: only the first row of each table that has something to compare")
     parser.add_argument("--jobs", type=int, default=1, help="rows that run side by side")
     parser.add_argument("--gpus", nargs="+", default=[], help="CUDA_VISIBLE_DEVICES of the jobs side by side, one word each")
     parser.add_argument("--launcher", default="python", help="what starts a script: python, or torchrun with its flags")
@@ -133,9 +136,11 @@ class Plan:
         key = (row.name, dataset)
         if key not in self.digests:
             words, names = self.table.words(row, dataset) + self.extra, tables.IN_FLAGS
+            scoring = self.table.scoring(row, dataset)
             needed = {of.name: self.settings(of, dataset) for of in self.table.needs(row, dataset)}
             what = [self.table.script_path().stem, [names.sub(lambda m: needed[m[1]], word) for word in words],
-                    settings_files(self.table.script_path(), words), dataset, row.stage, row.eval,
+                    settings_files(self.table.script_path(), words), row.trained_on.get(dataset, dataset), row.stage,
+                    scoring and shlex.join(names.sub(lambda m: needed.get(m[1], "own"), word) for word in scoring),
                     needed.get(row.run_of)]
             self.digests[key] = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         return self.digests[key]
@@ -157,20 +162,22 @@ class Plan:
 
     def commands(self, job):
         """The lists of words that make one row: its training, where it has one, and its scoring by eval.py."""
-        table, row, columns = self.table, self.table.row(job.row), self.table.columns_of(job.dataset)
+        table, row = self.table, self.table.row(job.row)
+        columns, scoring = table.columns_of(job.dataset, row), table.scoring(row, job.dataset)
         splits = list(dict.fromkeys(c.split for c in columns if c.on == job.dataset))
         folder, made = self.run_folder(job), []
+        placed = lambda words: [tables.IN_FLAGS.sub(  # noqa: E731
+            lambda m: str(self.run_folder(Job(m[1], job.dataset, job.seed))), word) for word in words]
         if not row.run_of:
-            words = [tables.IN_FLAGS.sub(lambda m: str(self.run_folder(Job(m[1], job.dataset, job.seed))), word)
-                     for word in table.words(row, job.dataset)]
-            made.append([table.script, *words, *self.extra, "--dataset", job.dataset, "--data-root", self.args.data_root,
+            made.append([table.script, *placed(table.words(row, job.dataset)), *self.extra,
+                         "--dataset", row.trained_on.get(job.dataset, job.dataset), "--data-root", self.args.data_root,
                          "--seed", str(job.seed), "--out", str(folder), "--eval-splits", *splits, "--resume"])
         for corpus in dict.fromkeys(c.on for c in columns):
-            if row.eval is not None or corpus != job.dataset:
+            if scoring is not None or corpus != job.dataset:
                 there = [] if corpus == job.dataset else ["--dataset", corpus, "--data-root", self.args.data_root]
                 splits = list(dict.fromkeys(c.split for c in columns if c.on == corpus))
                 made.append(["eval.py", "--run", str(folder / row.stage), *there, "--split", *splits,
-                             *shlex.split(row.eval or "")])
+                             *placed(scoring or [])])
         return made
 
     def printed(self, words):
@@ -214,8 +221,10 @@ class Plan:
 
     def is_done(self, job):
         """Whether the job's result is there with all its scores; one of another table is taken over."""
-        for name, entry in self.stored(self.table.row(job.row), job.dataset):
-            if entry["seed"] == job.seed and tables.is_complete(entry, self.table.columns_of(job.dataset)):
+        row = self.table.row(job.row)
+        columns = self.table.columns_of(job.dataset, row)
+        for name, entry in self.stored(row, job.dataset):
+            if entry["seed"] == job.seed and tables.is_complete(entry, columns):
                 if name != self.table.name:
                     self.keep(entry | {"row": job.row, "from": entry.get("from") or f"{name}, {entry['row']}"})
                 return True
@@ -236,8 +245,8 @@ class Plan:
         Raises UserError where one is missing.
         """
         row, found = self.table.row(job.row), {}
-        for column in self.table.columns_of(job.dataset):
-            if row.eval is None and column.on == job.dataset:
+        for column in self.table.columns_of(job.dataset, row):
+            if self.table.scoring(row, job.dataset) is None and column.on == job.dataset:
                 folder, name = self.run_folder(job) / row.stage, f"{job.dataset}_{column.split}"
                 stages = [] if row.stage else sorted(folder.glob(f"*/eval/{name}.json"), key=lambda p: p.stat().st_mtime)
                 files = [*stages, *(folder / "eval" / f"{name}{suffix}.json" for suffix in ("_reg", ""))]
@@ -487,10 +496,9 @@ class Runner:
                 entry = end(one)
                 self.ended += 1
                 self.known.append(entry["seconds"])
-                column = one.plan.table.columns_of(one.job.dataset)[0]
-                score = entry["scores"][f"{column.on} {column.split}"][column.metrics[0]]
-                print(f"ended {one.plan.table.name}: {one.job}: {column.metrics[0]} {score:.2f} on {column.on} {column.split}, "
-                      f"{clock(entry['seconds'])}", flush=True)
+                first = [f"{c.metrics[0]} {entry['scores'][f'{c.on} {c.split}'][c.metrics[0]]:.2f} on {c.on} {c.split}, "
+                         for c in one.plan.table.columns_of(one.job.dataset, one.plan.table.row(one.job.row))[:1]]
+                print(f"ended {one.plan.table.name}: {one.job}: {''.join(first)}{clock(entry['seconds'])}", flush=True)
             except UserError as error:
                 self.fail(one.plan, one.job, error, tail(one.log, LAST_LINES, one.at))
             note(one)
@@ -557,8 +565,10 @@ def main(argv=None):
         from common.rowcheck import check
         for table in found:
             tables.among(f"{table.path}, --rows", args.rows, [row.name for row in table.rows])
-        return check([(table, row) for table in found for row in table.rows
-                      if row.built and (row.name in args.rows or not args.rows)], args.jobs)
+        rows = [[(table, row) for row in table.rows if row.built and (row.name in args.rows or not args.rows)] for table in found]
+        if args.first:
+            rows = [[pair for pair in of_table if pair[1].ablates][:1] for of_table in rows]
+        return check(sum(rows, []), args.jobs)
     plans = [Plan(table, args) for table in found]
     if args.dry_run:
         for plan in plans:

@@ -84,12 +84,14 @@ def pair_of(table, row):
 
 def command_of(table, row, dataset, more):
     """The Command of a row on an embedded corpus, with more flags."""
-    base, columns = table.row(row.run_of) if row.run_of else row, table.columns_of(dataset)
+    base, columns = table.row(row.run_of) if row.run_of else row, table.columns_of(dataset, row)
     evals = tuple((*(("--dataset", corpus) if corpus != dataset else ()), "--split",
-                   *dict.fromkeys(c.split for c in columns if c.on == corpus), *shlex.split(row.eval or ""))
+                   *dict.fromkeys(c.split for c in columns if c.on == corpus), *(table.scoring(row, dataset) or []))
                   for corpus in dict.fromkeys(c.on for c in columns))
-    needed = tuple((of.name, command_of(table, of, dataset, more)) for of in table.needs(base, dataset))
-    return Command(table.script_path(), dataset, (*table.words(base, dataset), *more, *TINY), evals, row.stage, needed)
+    names = dict.fromkeys(of.name for of in [*table.needs(base, dataset), *table.needs(row, dataset)] if of is not base)
+    needed = tuple((name, command_of(table, table.row(name), dataset, more)) for name in names)
+    return Command(table.script_path(), base.trained_on.get(dataset, dataset), (*table.words(base, dataset), *more, *TINY),
+                   evals, row.stage, needed)
 
 
 def make_corpora(folder, names):
@@ -177,6 +179,7 @@ def see(root, folder, command):
     train(script, root, run, command, places)
     trained, seen["decode"] = {effect: list(seen[effect]) for effect in ("model", "data")}, []
     for words in command.evals:
+        words = [tables.IN_FLAGS.sub(lambda match: str(places.get(match[1], run)), word) for word in words]
         evaluate(["--run", str(run / command.stage), "--workers", "0", "--batch-size", "4", "--data-root", str(root), *words])
     seen |= trained
     logs = sorted(path.parent for path in (run / command.stage).rglob("log.jsonl"))

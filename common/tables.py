@@ -56,6 +56,8 @@ class Row:
     run_of: str = ""
     stage: str = ""
     eval: str = None
+    embedded_eval: str = None
+    trained_on: dict = field(default_factory=dict)
     published: dict = field(default_factory=dict)
     remark: str = ""
     built: bool = True
@@ -82,8 +84,10 @@ class Table:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
-    def columns_of(self, dataset):
-        """The columns that a run on `dataset` fills."""
+    def columns_of(self, dataset, row=None):
+        """The columns that a run on `dataset` fills; `row`: what this row is scored on, nothing where it has another corpus."""
+        if row is not None and dataset in row.trained_on:
+            return []
         entry = self.embedded.get(dataset)
         return entry.columns if entry else [column for column in self.columns if column.dataset == dataset]
 
@@ -97,10 +101,16 @@ class Table:
         own = row.flags if entry is None or row.embedded_flags is None else row.embedded_flags
         return shlex.split(f"{entry.flags if entry else f'{self.flags} {self.datasets.get(dataset) or str()}'} {own}")
 
+    def scoring(self, row, dataset):
+        """The flags with which eval.py scores a row on a corpus, as words, {row} as in `words`; None: training's own score."""
+        flags = row.embedded_eval if dataset in self.embedded and row.embedded_eval is not None else row.eval
+        return None if flags is None else shlex.split(flags)
+
     def needs(self, row, dataset):
         """The rows whose runs this one uses."""
-        return [self.row(row.run_of)] if row.run_of else \
-            [self.row(name) for word in self.words(row, dataset) for name in IN_FLAGS.findall(word)]
+        words = [] if row.run_of else self.words(row, dataset)
+        names = [name for word in words + (self.scoring(row, dataset) or []) for name in IN_FLAGS.findall(word)]
+        return [self.row(name) for name in dict.fromkeys(filter(None, [row.run_of, *names])) if name != row.name]
 
 
 def load_table(path):
@@ -185,12 +195,15 @@ def _check_row(table, row, names):
         (not row.built and (row.flags or row.ablates or row.run_of or row.eval is not None),
          "what is not built has no flags, eval, run_of or ablates"),
         (row.run_of and (row.flags or row.embedded_flags), "a row with run_of trains nothing and has no flags"),
+        (row.embedded_eval is not None and row.eval is None, "`embedded_eval` takes the place of `eval`, which it lacks"),
+        (row.trained_on and (row.published or row.ablates or row.run_of or row.eval is not None),
+         "what is trained on another corpus has no scores in the table: no published, ablates, run_of or eval"),
         (row.run_of and row.eval is None and not row.stage, "run_of needs `eval` or `stage`, or it is that row again"),
     ]
     for found, what in faults:
         if found:
             raise UserError(f"{where}: {what}.")
-    for text in (row.flags, row.embedded_flags, row.eval, row.check, table.flags, *map(str, table.datasets.values())):
+    for text in (row.flags, row.embedded_flags, row.eval, row.embedded_eval, row.check, table.flags, *map(str, table.datasets.values())):
         try:
             words = shlex.split(text or "")
         except ValueError as error:
@@ -204,6 +217,7 @@ def _check_row(table, row, names):
         if not table.row(name).built or name == row.run_of and table.row(name).run_of:
             raise UserError(f"{where}: {name!r} trains nothing itself.")
     columns = {column.name: column for column in table.columns}
+    among(f"{where}, trained_on", row.trained_on, {*table.embedded, *(column.dataset for column in columns.values())})
     among(f"{where}, published", row.published, columns)
     for name, values in row.published.items():
         values = row.published[name] = values if isinstance(values, list) else [values]
@@ -328,6 +342,8 @@ def blocks(table, dataset, results, all_metrics=True):
         if ablating:
             header += ["against", f"{head} measured", "published", "borne out"]
         for row in table.rows:
+            if dataset in row.trained_on:
+                continue
             label = row.label or row.name
             first = values_of(results, row, column, head)
             cells = [label, str(len(first)) if row.built else ""]

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,10 @@ if not hasattr(yaml, "safe_load"):  # the folder yaml/ is importable as a namesp
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_YAML_BYTES = 1 << 20
+LOST = {  # how torch words the loss of another process, wherever this one just was
+    "DataLoader ": "a process that reads the pictures died (of too little memory?) or hangs (on its disk?); go on with --resume, with "
+                   "fewer --workers if it happens again",
+    r".*gloo/transport": "another rank has ended, as it may have said, or cannot be reached; start the job again with --resume"}
 
 
 class UserError(Exception):
@@ -39,11 +44,11 @@ def run(main):
             print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
+        text = " ".join(str(error).split())
+        cause = next((cause for sign, cause in LOST.items() if re.match(sign, text)), None)
+        if cause is None:
             raise
-        # torch's words for a loader process that died or hangs, raised wherever the main process just was
-        print(f"error: {' '.join(str(error).split())}: a process that reads the pictures died (of too little memory?) or hangs (on "
-              "its disk?). Go on with --resume, with fewer --workers if it happens again.", file=sys.stderr, flush=True)
+        print(f"error: {cause}. What torch said: {text[:300]}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         for process in multiprocessing.active_children():
             process.kill()

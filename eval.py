@@ -414,7 +414,7 @@ def write_report(args, path, script, settings, model, device, scored, other=None
         "Training losses": {"x": "step", "y": "loss", "log": True, "series": {
             name: [(r["step"], r[name]) for r in records if name in r] for name in losses}},
         "Validation": {"x": "step", "y": "percent", "series": {
-            name: [(r["step"], r[f"val_{name}"]) for r in records if f"val_{name}" in r] for name in ("mIoU", "oIoU")}},
+            name: [(r["step"], r[f"val_{name}"]) for r in records if f"val_{name}" in r] for name in ("mIoU", "oIoU", "REC@0.5")}},
         "Validation, sentences": {"x": "step", "y": "CIDEr-D", "series": {
             "CIDEr": [(r["step"], r["val_CIDEr"]) for r in records if "val_CIDEr" in r]}},
         "Learning rate": {"x": "step", "y": "lr", "series": {"lr": [(r["step"], r["lr"]) for r in records if "lr" in r]}},

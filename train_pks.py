@@ -679,10 +679,6 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
                 log.step(numbers)
                 if step % args.log_every == 0 or step == steps:
                     log.write({"step": step, "epoch": epoch, "seconds": log.seconds(), **numbers()})
-                if stop:
-                    save()
-                    log.say(f"stopped by a signal; saved at step {step}, go on with --resume")
-                    raise SystemExit(143)
                 ended = step % steps_per_epoch == 0 or step == steps
                 if ended and ((epoch + 1) % args.eval_every == 0 or step == steps):
                     rows, seconds = metrics.evaluate(model, val_set, ranks, args.eval_batch_size, args.workers, args.amp)
@@ -694,8 +690,11 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
                         best = {"mIoU": summary["mIoU"], "step": step}
                         if ranks.main:
                             checkpoint.save(folder / "best.pt", snapshot(args, model, vocabulary, step, best))
-                if ended or args.save_every and step % args.save_every == 0:
+                if stop or ended or args.save_every and step % args.save_every == 0:
                     save()
+                if stop:
+                    log.say(f"stopped by a signal; saved at step {step}, go on with --resume")
+                    raise SystemExit(143)
         if distributed.any_rank(ranks, stopping()):  # asked for during the last evaluation
             raise SystemExit(143)
 

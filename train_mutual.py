@@ -33,7 +33,8 @@ Where the paper is silent
   pseudo     the weight acts on L_sel; the generation head does not learn from its own sentences. Masks of the pool are real.
              `--pseudo-filter random` keeps as many instances as the area would.
   step 3     begins with the pre-trained extractor, as step 1 does, and visits real and generated sentences alike.
-  images     the longer side is resized to --size and the shorter padded. Large-scale jitter in pretrain alone: sentences name places.
+  images     the longer side is resized to --size and the shorter padded. Large-scale jitter in pretrain alone: sentences name
+             places.
   lr         5e-4 is read as that of decoder and heads, the backbone and BERT have a tenth (Mask2Former's rule).
   best.pt    is chosen on val: by AP (pretrain), mIoU (1, 3, rb), CIDEr (1 without RES) or the reward of Eq. 6, with 1 or 0 for
              its softmax (2).
@@ -85,7 +86,8 @@ def get_parser():
                         eval_every=4)
     stages = parser.add_argument_group("stages")
     add = stages.add_argument
-    add("--stage", nargs="+", choices=("all", *STAGES), default=["all"], help="some of the stages; what they begin with must be there")
+    add("--stage", nargs="+", choices=("all", *STAGES), default=["all"],
+        help="some of the stages; what they begin with must be there")
     add("--reuse", default="", metavar="RUN", help="run whose stages stand in for those that this run does not have")
     add("--pretrain-steps", type=int, default=368750, help="Mask2Former's; --max-steps are those of steps 1 and 3")
     add("--pretrain-lr", type=float, default=1e-4, help="Mask2Former's; --lr is that of steps 1, 3 and rb")
@@ -94,21 +96,24 @@ def get_parser():
     add("--dsup-lr", type=float, default=1e-6, help="of stage 2; App. B")
     add("--dsup-batch-size", type=int, default=4, help="of stage 2; App. B")
     add("--rb-steps", type=int, default=90000, help="of stage rb; silent, step 1's")
-    add("--coco", default="coco", help="folder below --data-root with train.json, val.json and pool.json of `python -m data_prep.coco`")
+    add("--coco", default="coco",
+        help="folder below --data-root with train.json, val.json and pool.json of `python -m data_prep.coco`")
     add = parser.add_argument_group("input").add_argument
-    add("--max-words", type=int, default=15, help="word pieces of a sentence, read or written: 15, RefCOCOg 30. 0: blind to the "
-        "sentence, a control of RES")
+    add("--max-words", type=int, default=15,
+        help="word pieces of a sentence, read or written: 15, RefCOCOg 30. 0: blind to the sentence, a control of RES")
     add("--vocab", default="data/weights/bert_vocab.txt",
         help="BERT's vocab.txt, or `own`: data/<dataset>/vocab.txt, which the embedded corpora have")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right) in steps 1 and 3")
-    add("--jitter", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"), help="large-scale jitter of pretrain; Mask2Former's")
+    add("--jitter", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"),
+        help="large-scale jitter of pretrain; Mask2Former's")
     add("--jitter-flip", type=float, default=0.5, help="probability of mirroring in pretrain; Mask2Former's")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--weights", default="data/weights/resnet101.pt", help="backbone's file that `python -m data_prep.weights` wrote, Microsoft's "
-        "Swin `.pth`, or `none` to train from nothing")
-    add("--official", default="", metavar="PKL", help="Mask2Former of Facebook's model zoo instead of stage pretrain; it has seen "
-        "RefCOCO's val and test images, so it needs --leaky-init")
+    add("--weights", default="data/weights/resnet101.pt",
+        help="backbone's file that `python -m data_prep.weights` wrote, Microsoft's Swin `.pth`, or `none` to train from nothing")
+    add("--official", default="", metavar="PKL",
+        help="Mask2Former of Facebook's model zoo instead of stage pretrain; it has seen RefCOCO's val and test images, so it needs "
+        "--leaky-init")
     add("--bert-weights", default="data/weights/bert_base.pt", help="BERT's file of data_prep.weights, or `none`")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--classes", type=int, default=80, help="object categories of --coco")
@@ -136,13 +141,14 @@ def get_parser():
     parser.switch(ablation, "dsup", True, "stage 2 is part of the chain; Table 3")
     parser.switch(ablation, "gsup", True, "stages generate and 3 are part of the chain; Table 6")
     add("--reward", choices=("both", "unambiguity", "cider"), default="both", help="Eq. 6, its first or its second term; Table 5")
-    add("--score", choices=("softmax", "sigmoid"), default="softmax", help="unambiguity over all proposals or of one; Table 5")
+    add("--score", choices=("softmax", "sigmoid"), default="softmax", help="unambiguity over all proposals, or of one; Table 5")
     add("--tau", type=float, default=2.5, help="Eq. 6; 1: Eq. 5; Table 5")
     add("--alpha", type=float, default=4.0, help="Eq. 6")
     add("--hypotheses", type=int, default=5, help="q1 of Eq. 4; Sec. 4.1")
     add("--baseline", choices=("mean", "none"), default="mean", help="what is subtracted from a reward")
     add("--expressions", type=int, default=3, help="q2, sentences generated for each instance of the pool; Sec. 4.1")
-    add("--min-area", type=float, default=1024.0, help="instances of the pool kept have a larger area, in pixels; Fig. 5: 0, 1024, 4096")
+    add("--min-area", type=float, default=1024.0,
+        help="instances of the pool kept have a larger area, in pixels; Fig. 5: 0, 1024, 4096")
     add("--pseudo-filter", choices=("area", "random"), default="area", help="keep those, or as many at random; Fig. 5")
     add("--pseudo-weight", type=float, default=0.1, help="of generated sentences in L_sel; Table 7; 1: Fig. 5 without reweighting")
     add("--size", type=int, default=1024, help="the longer side of the image, a multiple of 32; Table 8")
@@ -170,7 +176,7 @@ def frontend(args, vocabulary):
             (args.size % 32, f"--size {args.size} is not a multiple of 32, the backbone's coarsest stride."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--jitter {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
-            (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: there are no others to compare with."),
+            (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: nothing is left to compare with."),
             (min(args.beams, args.hypotheses, args.expressions) < 1, "--beams, --hypotheses and --expressions are at least 1.")):
         if wrong:
             raise UserError(sentence)
@@ -182,9 +188,9 @@ def of_stage(args, stage):
     changed = {
         "pretrain": {"lr": args.pretrain_lr, "max_steps": args.pretrain_steps, "batch_size": args.pretrain_batch_size,
                      "flip": args.jitter_flip, "epoch_unit": "image", "lr_drops": args.pretrain_lr_drops},
-        "2": {"lr": args.dsup_lr, "max_steps": args.dsup_steps, "batch_size": args.dsup_batch_size, "flip": 0.0, "epoch_unit": "ref",
-              "schedule": "step", "lr_drops": [], "warmup": 0.0},
-        "rb": {"max_steps": args.rb_steps, "flip": args.flip}}.get(stage, {})
+        "2": {"lr": args.dsup_lr, "max_steps": args.dsup_steps, "batch_size": args.dsup_batch_size, "flip": 0.0,
+              "epoch_unit": "ref", "schedule": "step", "lr_drops": [], "warmup": 0.0},
+        "rb": {"max_steps": args.rb_steps}}.get(stage, {})
     return type(args)(**{**vars(args), **changed, "stage": [stage]})
 
 
@@ -284,14 +290,15 @@ class Mutual(nn.Module):
 
     @torch.no_grad()
     def locate(self, features, image_of, masks):
-        """The proposals k (K,) of objects given by their masks (K,H,W) bool on the canvas, at any stride, and images image_of (K,).
+        """The proposals k (K,) of objects: their masks (K,H,W) bool on the canvas, at any stride, and images image_of (K,).
 
         Bipartite matching (Sec. 3.2) among an image's objects, which are given together, by Mask2Former's mask costs on
         whole masks, whatever their class; -1 where an image has more objects than proposals.
         """
         k = torch.full((len(masks),), -1, device=image_of.device)
         masks = filled_boxes(masks) if self.use.input == "box" else masks
-        truth = F.interpolate(masks[None].float(), features["masks"].shape[-2:], mode="area")[0].flatten(1) if len(masks) else masks
+        if len(masks):
+            truth = F.interpolate(masks[None].float(), features["masks"].shape[-2:], mode="area")[0].flatten(1)    # (K, hw)
         for b in image_of.unique().tolist():
             own = torch.nonzero(image_of == b).squeeze(1)
             bce, dice = mask_costs(features["masks"][b].float().flatten(1), truth[own])
@@ -310,7 +317,7 @@ class Mutual(nn.Module):
             raise UserError("this model was trained with --tasks res and describes nothing.")
         beams, max_length = max(beams or self.use.beams, hypotheses), max_length or max(1, self.use.max_words)
         if max_length > self.generator.longest:
-            raise UserError(f"sentences of {max_length} word pieces are asked for; this model has places for {self.generator.longest}.")
+            raise UserError(f"sentences of {max_length} word pieces are asked for; this model writes {self.generator.longest}.")
         known = k >= 0
         found = iter(self.generator.search(features["queries"], image_of[known], k[known], beams, max_length))
         return [next(found)[:hypotheses] if there else [([], -math.inf)] for there in known.tolist()]
@@ -334,7 +341,7 @@ class Mutual(nn.Module):
 
 
 def upsample(logits):
-    """Mask logits (E,h,w) at a quarter of the canvas -> (E,4h,4w): Mask2Former's rule, logits are interpolated before the sigmoid."""
+    """Mask logits (E,h,w) at a quarter of the canvas -> (E,4h,4w): Mask2Former interpolates before the sigmoid."""
     return F.interpolate(logits[:, None], scale_factor=4, mode="bilinear", align_corners=False).squeeze(1)
 
 
@@ -399,14 +406,20 @@ class DecoderLayer(nn.Module):
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
 
+def decoder(args):
+    """The layers of a head."""
+    return nn.ModuleList(DecoderLayer(args.dim, args.heads, args.ffn, args.dropout) for _ in range(args.head_layers))
+
+
 class SelectionHead(nn.Module):
     """Eq. 3: proposals attend to each other and to BERT's words; S is read from each."""
 
     def __init__(self, args, vocabulary_size):
         super().__init__()
-        self.bert = Bert(args.bert_layers, args.bert_dim, args.bert_heads, 4 * args.bert_dim, vocabulary_size, dropout=args.dropout)
+        self.bert = Bert(args.bert_layers, args.bert_dim, args.bert_heads, 4 * args.bert_dim, vocabulary_size,
+                         dropout=args.dropout)
         self.project = nn.Sequential(nn.Linear(args.bert_dim, args.dim), nn.LayerNorm(args.dim))
-        self.layers = nn.ModuleList(DecoderLayer(args.dim, args.heads, args.ffn, args.dropout) for _ in range(args.head_layers))
+        self.layers = decoder(args)
         self.score = nn.Sequential(nn.Linear(args.dim, args.dim), nn.ReLU(), nn.Linear(args.dim, args.dim), nn.ReLU(),
                                    nn.Linear(args.dim, 1))
 
@@ -435,15 +448,15 @@ class GenerationHead(nn.Module):
         self.words = nn.Embedding(len(vocabulary), args.dim, padding_idx=0)  # of input and output
         self.longest = max(args.max_words, 30)  # word pieces of a sentence
         self.places = nn.Embedding(self.longest + 1, args.dim)
-        self.norm, self.bias, self.dropout = nn.LayerNorm(args.dim), nn.Parameter(torch.zeros(len(vocabulary))), nn.Dropout(args.dropout)
-        self.layers = nn.ModuleList(DecoderLayer(args.dim, args.heads, args.ffn, args.dropout) for _ in range(args.head_layers))
+        self.bias = nn.Parameter(torch.zeros(len(vocabulary)))
+        self.norm, self.dropout, self.layers = nn.LayerNorm(args.dim), nn.Dropout(args.dropout), decoder(args)
         for table in (self.words, self.places):
             nn.init.normal_(table.weight, std=0.02)
         if args.indicator:
             self.positive, self.negative = (nn.Parameter(torch.randn(args.dim)) for _ in range(2))  # I_pos, I_neg
 
     def memory(self, proposals, image_of, k):
-        """The keys and values of O + Z(k) for every layer: proposals O (B,N,C), image_of (E,), k (E,) -> [2 x (E,heads,N,C/heads)].
+        """Keys and values of O + Z(k) for every layer: O (B,N,C), image_of (E,), k (E,) -> [2 x (E,heads,N,C/heads)].
 
         Those of O + I_neg are projected once per image; in each object's copy row k is replaced by that of O_k + I_pos.
         """
@@ -489,7 +502,8 @@ class GenerationHead(nn.Module):
     def rows(self, found, count, device):
         """Hypotheses as `describe` gives them -> ids (E,count,T+1) between [CLS] and [SEP], and which are there, (E,count)."""
         longest = max((len(ids) for hypotheses in found for ids, _ in hypotheses), default=0)
-        out, valid = torch.zeros(len(found), count, longest + 2, dtype=torch.int64), torch.zeros(len(found), count, dtype=torch.bool)
+        out = torch.zeros(len(found), count, longest + 2, dtype=torch.int64)
+        valid = torch.zeros(len(found), count, dtype=torch.bool)
         for e, hypotheses in enumerate(found):
             for r, (ids, log_p) in enumerate(hypotheses):
                 out[e, r, :len(ids) + 2] = torch.tensor([self.start, *ids, self.end])
@@ -506,7 +520,8 @@ class GenerationHead(nn.Module):
             return []
         memory, caches = self.memory(proposals, image_of, k), [{} for _ in self.layers]
         ids = torch.full((len(k), 1, 1), self.start, device=k.device)
-        total, ended = torch.zeros(len(k), 1, device=k.device), torch.zeros(len(k), 1, dtype=torch.bool, device=k.device)
+        total = torch.zeros(len(k), 1, device=k.device)
+        ended = total > 0
         only_end = torch.arange(len(self.banned), device=k.device) != self.end
         only_pad = torch.arange(len(self.banned), device=k.device) != 0
         for length in range(max_length + 1):
@@ -523,10 +538,8 @@ class GenerationHead(nn.Module):
             flat = (parent + torch.arange(len(k), device=k.device)[:, None] * log_p.shape[1]).flatten()
             for cache in caches:
                 cache["keys"] = tuple(keys.index_select(0, flat) for keys in cache["keys"])
-        found = []
-        for rows, scores in zip(ids[..., 1:].tolist(), total.tolist()):
-            found.append([([i for i in row if i not in (0, self.end)], score) for row, score in zip(rows, scores) if score > -math.inf])
-        return found
+        return [[([i for i in row if i not in (0, self.end)], score) for row, score in zip(rows, scores) if score > -math.inf]
+                for rows, scores in zip(ids[..., 1:].tolist(), total.tolist())]
 
 
 def build_model(args, vocabulary):
@@ -539,8 +552,8 @@ def build_model(args, vocabulary):
 def make_targets(example, box, stride):
     """In a loader worker: an image's objects and what its sentences mean. Crowds and objects outside the canvas are left out.
 
-    masks (n,H/stride,W/stride) bool, labels (n,) classes, object (n,) positions in the dataset, count (1,) = n; for the E sentences
-    meant (E,), the place of the object among these or -1, and generated (E,) bool.
+    masks (n,H/stride,W/stride) bool, labels (n,) classes, object (n,) positions in the dataset, count (1,) = n; for the E
+    sentences meant (E,), the place of the object among these or -1, and generated (E,) bool.
     """
     dataset, expressions = example.dataset, example.expressions
     own = np.flatnonzero(dataset.object_image == example.image)
@@ -553,7 +566,8 @@ def make_targets(example, box, stride):
     inside = shares[kept] >= most[kept, None, None].clamp(max=0.5)  # a sliver below half a pixel is still there
     own = own[kept.numpy()]
     place = {i: n for n, i in enumerate(own.tolist())}
-    meant = [place.get(dataset.objects_of[e][0], -1) if len(dataset.objects_of[e]) == 1 else -1 for e in expressions.tolist()]
+    named = [dataset.objects_of[e] for e in expressions.tolist()]
+    meant = [place.get(objects[0], -1) if len(objects) == 1 else -1 for objects in named]
     return {"masks": filled_boxes(inside) if box else inside, "labels": torch.from_numpy(dataset.labels[own]),
             "object": torch.from_numpy(own), "count": torch.tensor([len(own)]), "meant": torch.tensor(meant),
             "generated": torch.tensor([dataset.sources[e] == "generated" for e in expressions.tolist()])}
@@ -564,8 +578,9 @@ def jitter(example, low, high):
     frame, rng = example.frame, example.rng
     scale = rng.uniform(low, high)
     sides = [max(1, round(side * scale)) for side in (frame.in_width, frame.in_height)]
-    corner = [-round(rng.uniform(0, max(0, side - canvas))) for side, canvas in zip(sides, (frame.canvas_width, frame.canvas_height))]
-    return data.Frame(frame.width, frame.height, *sides, frame.canvas_width, frame.canvas_height, *corner)
+    canvas = (frame.canvas_width, frame.canvas_height)
+    corner = [-round(rng.uniform(0, max(0, side - room))) for side, room in zip(sides, canvas)]
+    return data.Frame(frame.width, frame.height, *sides, *canvas, *corner)
 
 
 def loss_terms(out, targets, text, args):
@@ -578,8 +593,8 @@ def loss_terms(out, targets, text, args):
         terms["sel"] = args.sel_weight * (loss * torch.where(targets["generated"], args.pseudo_weight, 1.0)).sum()
     if "words" in out:
         real = (out["k"] >= 0) & ~targets["generated"]
-        loss = F.cross_entropy(out["words"].float().transpose(1, 2), text[:, 1:], ignore_index=0, reduction="none").sum(1)    # Eq. 2
-        terms["gen"] = args.gen_weight * (loss * real).sum()
+        loss = F.cross_entropy(out["words"].float().transpose(1, 2), text[:, 1:], ignore_index=0, reduction="none")
+        terms["gen"] = args.gen_weight * (loss.sum(1) * real).sum()                               # Eq. 2
     return terms
 
 
@@ -642,8 +657,8 @@ def labelled(dataset, classes):
     known = {category["id"]: i for i, category in enumerate(sorted(dataset.meta["categories"], key=lambda c: c["id"]))}
     missing = set(dataset.categories.tolist()) - known.keys()
     if len(known) != classes or missing:
-        raise UserError(f"{dataset.path} has {len(known)} categories" + (f" and objects of the unknown {min(missing)}" if missing else "")
-                        + f"; --classes is {classes}, the number of --coco's.")
+        other = f" and objects of the unknown {min(missing)}" if missing else ""
+        raise UserError(f"{dataset.path} has {len(known)} categories{other}; --classes is {classes}, the number of --coco's.")
     dataset.labels = np.array([known[i] for i in dataset.categories.tolist()], np.int64)
     whole = np.array([rle is not None for rle in dataset.rles], bool) & ~dataset.crowds
     dataset.objects_in = np.bincount(dataset.object_image[whole], minlength=len(dataset.image_ids))
@@ -661,8 +676,8 @@ def wordless(path):
 def read_generated(folder):
     """{object id: [sentence, …]} of the shards in a `generate` folder. Raises UserError where it is not finished."""
     if not (folder / "done.json").is_file():
-        raise UserError(f"{folder / 'done.json'} does not exist: the sentences of the pool are not all written; run --stage generate.")
-    return {o["object"]: [sentence["text"] for sentence in o["sentences"]] for line in read_shards(folder) for o in line["objects"]}
+        raise UserError(f"{folder / 'done.json'} does not exist: the pool's sentences are not all written; run --stage generate.")
+    return {o["object"]: [said["text"] for said in o["sentences"]] for line in read_shards(folder) for o in line["objects"]}
 
 
 def read_shards(folder):
@@ -687,7 +702,7 @@ def with_generated(path, pool_path, sentences, args):
     areas = {int(i): float(area) for i, area in zip(pool.object_ids, pool.areas)}
     unknown = next((i for i in sentences if i not in areas), None)
     if unknown is not None:
-        raise UserError(f"{pool_path} has no object {unknown}, which was described; was the pool made again? Run --stage generate anew.")
+        raise UserError(f"{pool_path} has no object {unknown}, which was described; was it made again? Run --stage generate anew.")
     kept = sorted(i for i in sentences if areas[i] > args.min_area)
     if args.pseudo_filter == "random":
         kept = sorted(np.random.default_rng((args.seed, 3)).choice(sorted(sentences), len(kept), replace=False).tolist())
@@ -695,8 +710,8 @@ def with_generated(path, pool_path, sentences, args):
     free, ref = int(real.sent_ids.max()) + 1, int(real.ref_ids.max()) + 1
     image_of = {int(i): int(pool.image_ids[image]) for i, image in zip(pool.object_ids, pool.object_image)}
     said = [(ref + n, i, text) for n, i in enumerate(kept) for text in sentences[i]]
-    generated = [{"id": free + n, "ref_id": ref_id, "image_id": image_of[i], "object_ids": [i], "text": text, "source": "generated"}
-                 for n, (ref_id, i, text) in enumerate(said)]
+    generated = [{"id": free + n, "ref_id": ref_id, "image_id": image_of[i], "object_ids": [i], "text": text,
+                  "source": "generated"} for n, (ref_id, i, text) in enumerate(said)]
     merged = {"meta": prepared["meta"], **{key: prepared[key] + extra[key] for key in ("images", "objects")},
               "expressions": prepared["expressions"] + generated}
     dataset = data.RefDataset(path, None, None, prepared=merged)
@@ -721,11 +736,13 @@ def stage_data(args, vocabulary, folder, origin):
     train_path, val_path = (data.split_path(args.data_root, args.dataset, split) for split in ("train", "val"))
     if stage == "pretrain":
         train_path, val_path = coco / "train.json", coco / "val.json"
-        train_set, val_set = (data.RefDataset(path, encode, canvas, prepared=wordless(path)) for path in (train_path, val_path))
+        train_set, val_set = (data.RefDataset(path, encode, canvas, prepared=wordless(path))
+                              for path in (train_path, val_path))
         common["augment"] = partial(jitter, low=args.jitter[0], high=args.jitter[1])
     else:
-        train_set = with_generated(train_path, coco / "pool.json", read_generated(origin["generate"]), args) if stage == "3" \
-            else data.RefDataset(train_path, encode, canvas)
+        train_set = data.RefDataset(train_path, encode, canvas)
+        if stage == "3":
+            train_set = with_generated(train_path, coco / "pool.json", read_generated(origin["generate"]), args)
         check_corpus(train_set)
         val_set = data.RefDataset(val_path, encode, canvas)
     return labelled(train_set.view(**common), args.classes), labelled(val_set, args.classes)
@@ -740,19 +757,21 @@ def generate(args, ranks, folder, model, vocabulary, origin):
     """
     path = Path(args.data_root) / args.coco / "pool.json"
     encode, canvas = frontend(args, vocabulary)
-    pool = data.RefDataset(path, encode, canvas, partial(make_targets, box=args.input == "box", stride=1), prepared=wordless(path))
-    pool = labelled(pool, args.classes)
-    made = {"checkpoint": hashlib.sha256(origin.read_bytes()).hexdigest(), "dataset": args.dataset, "expressions": args.expressions,
+    targets = partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
+    pool = labelled(data.RefDataset(path, encode, canvas, targets, prepared=wordless(path)), args.classes)
+    made = {"checkpoint": hashlib.sha256(origin.read_bytes()).hexdigest(), "expressions": args.expressions,
             "beams": max(args.beams, args.expressions), "max_words": args.max_words, "size": args.size}
     known = folder / "made.json"
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else made
     if before != made:
-        raise UserError(f"{folder} holds sentences of other weights or settings ({before} instead of {made}); remove it to write anew.")
+        raise UserError(f"{folder} holds sentences of other weights or settings ({before} instead of {made}); remove it to "
+                        "write anew.")
     written = {line["image"] for line in read_shards(folder)}
     distributed.barrier(ranks)
     if ranks.main:
         write_text(known, json.dumps(made))
-    left = [[key for key in keys if int(pool.image_ids[key[1]]) not in written] for keys in data.plan_evaluation(pool, args.eval_batch_size)]
+    left = [[key for key in keys if int(pool.image_ids[key[1]]) not in written]
+            for keys in data.plan_evaluation(pool, args.eval_batch_size)]
     mine = distributed.deal(ranks, [keys for keys in left if keys])
     model.eval()
     with open(folder / f"rank{ranks.rank}.jsonl", "a", encoding="utf-8") as file, torch.inference_mode():
@@ -804,12 +823,14 @@ def validate(args, ranks, model, vocabulary, val_set):
         scores |= {key: metrics.summarise(rows, val_set)[key] for key in ("mIoU", "oIoU")}
     if args.tasks != "res" and stage != "rb":
         listener = (model, val_set.encode) if args.tasks == "both" else None
-        rows, _ = reg.evaluate(model, val_set, vocabulary.decode, ranks, args.eval_batch_size, args.workers, args.amp, listener)
+        rows, _ = reg.evaluate(model, val_set, vocabulary.decode, ranks, args.eval_batch_size, args.workers, args.amp,
+                               listener)
         summary = reg.summarise(rows, val_set, reg.references(val_set), meteor=False)
         scores["CIDEr"] = summary["CIDEr"]
         if listener:
             scores["found"] = summary["Rb-Acc"]
-            scores["reward"] = (args.reward != "cider") * args.alpha * scores["found"] / 100 + (args.reward != "unambiguity") * scores["CIDEr"]
+            scores["reward"] = (args.reward != "cider") * args.alpha * scores["found"] / 100 \
+                + (args.reward != "unambiguity") * scores["CIDEr"]
     return scores
 
 
@@ -821,8 +842,8 @@ def average_precision(args, ranks, model, dataset):
     ids = sorted(category["id"] for category in dataset.meta["categories"])
     mine = distributed.deal(ranks, data.plan_evaluation(dataset, args.eval_batch_size))
     found = []
-    for batch in tqdm(data.load(dataset, mine, args.workers, pin=ranks.device.type == "cuda"), total=len(mine), unit="batch", leave=False,
-                      desc="AP", disable=None if ranks.main else True):
+    for batch in tqdm(data.load(dataset, mine, args.workers, pin=ranks.device.type == "cuda"), total=len(mine), unit="batch",
+                      leave=False, desc="AP", disable=None if ranks.main else True):
         with metrics.autocast(ranks.device, args.amp):
             features = model.encode_image(batch.to(ranks.device).images)
         for b, (frame, e) in enumerate(zip(batch.frames, batch.index.tolist())):
@@ -835,14 +856,13 @@ def average_precision(args, ranks, model, dataset):
     whole = [i for i, rle in enumerate(dataset.rles) if rle is not None]
     boxed = {i: encode(filled_boxes(torch.from_numpy(dataset.object_mask(i))[None])[0].numpy()) for i in whole} \
         if args.input == "box" else dataset.rles
+    annotations = [{"id": n, "image_id": int(dataset.image_ids[dataset.object_image[i]]),
+                    "category_id": int(dataset.categories[i]), "segmentation": boxed[i], "area": float(dataset.areas[i]),
+                    "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])} for n, i in enumerate(whole, start=1)]
+    pictures = [{"id": int(i), "width": int(w), "height": int(h)} for i, (w, h) in zip(dataset.image_ids, dataset.sizes)]
     with redirect_stdout(StringIO()):
         truth = COCO()
-        truth.dataset = {"images": [{"id": int(i), "width": int(w), "height": int(h)} for i, (w, h) in zip(dataset.image_ids, dataset.sizes)],
-                         "categories": [{"id": i} for i in ids],
-                         "annotations": [{"id": n, "image_id": int(dataset.image_ids[dataset.object_image[i]]),
-                                          "category_id": int(dataset.categories[i]), "segmentation": boxed[i],
-                                          "area": float(dataset.areas[i]), "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])}
-                                         for n, i in enumerate(whole, start=1)]}
+        truth.dataset = {"images": pictures, "categories": [{"id": i} for i in ids], "annotations": annotations}
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(found), "segm")
         evaluation.evaluate()
@@ -868,10 +888,10 @@ NO_DECAY_NAMES = ("positive", "negative", "relative_position_bias_table")
 
 
 def parameter_groups(args, model):
-    """What is trained, by its share of the rate and its decay: the backbone and BERT learn slower, norms and embeddings do not decay."""
-    groups = {}
+    """What is trained, by its share of the rate and its decay: less of both for what is pre-trained, or a norm or embedding."""
+    groups, shares = {}, {"extractor.backbone": args.backbone_lr, "selector.bert": args.bert_lr}
     for prefix, module in model.named_modules():
-        share = args.backbone_lr if prefix.startswith("extractor.backbone") else args.bert_lr if prefix.startswith("selector.bert") else 1.0
+        share = shares.get(".".join(prefix.split(".")[:2]), 1.0)
         for name, parameter in module.named_parameters(recurse=False):
             decay = 0.0 if isinstance(module, NO_DECAY) or name in NO_DECAY_NAMES else args.weight_decay
             if parameter.requires_grad:
@@ -951,7 +971,8 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
                 scaler.unscale_(optimizer)
                 norm = clip_gradients(args, model)
                 # one reduction tells every rank the losses and whether any of them was asked to stop
-                shared = torch.stack([*sums.values(), *shown.values(), torch.tensor(float(stopping()), device=ranks.device)]).double()
+                shared = torch.stack([*sums.values(), *shown.values(),
+                                      torch.tensor(float(stopping()), device=ranks.device)]).double()
                 *values, stop = distributed.total(ranks, shared).tolist()
                 losses = {name: value / count(name) for name, value in zip(sums, values)}
                 shown = {name: value / sentences for name, value in zip(shown, values[len(sums):])}
@@ -1016,8 +1037,8 @@ def snapshot(args, model, vocabulary, step, best):
 
 
 # what has no part in a stage; the stages' own steps, rates and batches stand under the common names in each
-ELSEWHERE = {"pretrain_steps", "pretrain_lr", "pretrain_batch_size", "pretrain_lr_drops", "dsup_steps", "dsup_lr", "dsup_batch_size",
-             "rb_steps", "dsup", "gsup", "reuse", "beams"}
+ELSEWHERE = {"pretrain_steps", "pretrain_lr", "pretrain_batch_size", "pretrain_lr_drops", "dsup_steps", "dsup_lr",
+             "dsup_batch_size", "rb_steps", "dsup", "gsup", "reuse", "beams"}
 ONLY_2 = {"reward", "score", "tau", "alpha", "hypotheses", "baseline"}
 ONLY_3 = {"expressions", "min_area", "pseudo_filter", "pseudo_weight"}
 HEADS = {"tasks", "e2e", "indicator", "m2f_weight", "sel_weight", "gen_weight", "bert_weights", "bert_lr", "clip_heads"}
@@ -1141,8 +1162,8 @@ NEEDS = {"pretrain": (), "1": ("pretrain",), "2": ("1",), "generate": ("describe
 
 
 def origins(args, folder):
-    """{stage: its best.pt, or generate's folder} of this run, or of --reuse where this run has none; `describer` is stage 2's, with
-    --no-dsup step 1's."""
+    """{stage: its best.pt, or generate's folder} of this run, or of --reuse where this run has none; `describer`, who writes
+    for the pool, is stage 2, with --no-dsup step 1."""
     found = {}
     for stage in STAGES:
         name = "done.json" if stage == "generate" else "best.pt"
@@ -1161,7 +1182,8 @@ def evaluate_stages(args, ranks, folder):
         best = folder / stage / "best.pt"
         if not best.is_file() or {"res": "reg", "reg": "res"}[task] == args.tasks or not args.eval_splits:
             continue
-        files = [folder / stage / "eval" / f"{args.dataset}_{split}{'_reg' * (task == 'reg')}.json" for split in args.eval_splits]
+        suffix = "_reg" if task == "reg" else ""
+        files = [folder / stage / "eval" / f"{args.dataset}_{split}{suffix}.json" for split in args.eval_splits]
         since = max(path.stat().st_mtime for path in (best, *([listener] if heard and task == "reg" else [])))
         if distributed.any_rank(ranks, not all(path.is_file() and path.stat().st_mtime >= since for path in files)):
             evaluate_run(["--run", str(folder / stage), "--checkpoint", str(best), "--split", *args.eval_splits, "--report",
@@ -1169,12 +1191,12 @@ def evaluate_stages(args, ranks, folder):
                           "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
         scored += [(stage, task, path) for path in files]
     if ranks.main and scored:
-        print(f"{'stage':8}{'task':6}{'split':>8}{'mIoU':>9}{'oIoU':>9}{'REC@0.5':>9}{'CIDEr':>9}{'METEOR':>9}{'Rb-Acc':>9}   {folder}")
+        columns = {"mIoU": ".2f", "oIoU": ".2f", "REC@0.5": ".2f", "CIDEr": ".3f", "METEOR": ".3f", "Rb-Acc": ".2f"}
+        print(f"{'stage':8}{'task':6}{'split':>8}" + "".join(f"{name:>9}" for name in columns) + f"   {folder}")
         for stage, task, path in scored:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            cells = [summary.get(key) for key in ("mIoU", "oIoU", "REC@0.5", "CIDEr", "METEOR", "Rb-Acc")]
-            print(f"{stage:8}{task:6}{summary['split']:>8}"
-                  + "".join(f"{'-' if cell is None else f'{cell:.3f}' if abs(cell) < 10 and task == 'reg' else f'{cell:.2f}':>9}" for cell in cells))
+            cells = ["-" if summary.get(name) is None else format(summary[name], form) for name, form in columns.items()]
+            print(f"{stage:8}{task:6}{summary['split']:>8}" + "".join(f"{cell:>9}" for cell in cells))
 
 
 # ---- main ---------------------------------------------------------------------------------------------------
@@ -1186,11 +1208,12 @@ def main(argv=None):
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     stages = chosen_stages(args)
     wanted = {"pretrain": ("train", "val"), "generate": ("pool",), "3": ("pool",)}
-    missing = [coco / f"{split}.json" for stage in stages for split in wanted.get(stage, ()) if not (coco / f"{split}.json").is_file()]
+    wanted = [coco / f"{split}.json" for stage in stages for split in wanted.get(stage, ())]
+    missing = [path for path in wanted if not path.is_file()]
     embedded = args.dataset in data.EMBEDDED and args.coco == "cocoshapes"
     if missing and not embedded:
-        raise UserError(f"{missing[0]} does not exist: prepare it with `python -m data_prep.coco` (see its --help), or run on the embedded "
-                        f"data with `--yaml {EMBEDDED_YAML}`.")
+        raise UserError(f"{missing[0]} does not exist: prepare it with `python -m data_prep.coco` (see its --help), or run on the "
+                        f"embedded data with `--yaml {EMBEDDED_YAML}`.")
     ranks = distributed.start(args.device)
     args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
@@ -1209,8 +1232,8 @@ def main(argv=None):
             needed = [origin[name] for name in NEEDS[stage] if not (name == "pretrain" and args.official)]
             lacking = next((path for path in needed if not path.exists()), None)
             if lacking is not None:
-                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or name a run that "
-                                "has it with --reuse.")
+                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or name a "
+                                "run that has it with --reuse.")
             run_stage(of_stage(args, stage), ranks, folder / stage, origin)
         evaluate_stages(args, ranks, folder)
     finally:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import train_mutual as mutual
-from common import captions, checkpoint, data, distributed
+from common import captions, checkpoint, data, distributed, metrics
 from common.config import UserError, parse
 from common.text import SPECIAL, WordPiece
 from data_prep import coco
@@ -61,14 +61,15 @@ def features(model, seed=2, images=2):
 
 @pytest.mark.parametrize("stage, flags", [
     ("pretrain", []), ("pretrain", ["--input", "box"]), ("1", []), ("1", ["--tasks", "res"]), ("1", ["--tasks", "reg"]), ("1", ["--no-e2e"]),
-    ("1", ["--no-indicator"]), ("1", ["--checkpoint-encoder"]), ("1", ["--dropout", "0.1"]), ("2", []), ("2", ["--reward", "unambiguity"]),
+    ("1", ["--no-indicator"]), ("1", ["--checkpoint-encoder"]), ("1", ["--dropout", "0.1", "--amp", "bf16"]), ("2", []), ("2", ["--amp", "bf16"]), ("2", ["--reward", "unambiguity"]),
     ("2", ["--reward", "cider", "--baseline", "none"]), ("2", ["--score", "sigmoid"]), ("3", ["--pseudo-weight", "1"]), ("rb", [])],
     ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_each_stage_trains_what_it_should(stage, flags):
     """Every parameter of a stage's parts gets a gradient, every other none, under each flag."""
     args, model = build(*flags, stage=stage)
     images, image_of, text, targets = batch()
-    out = model.train()(images, image_of, text, targets, 1.5, rewards(args, model))
+    with metrics.autocast(images.device, args.amp):
+        out = model.train()(images, image_of, text, targets, 1.5, rewards(args, model))
     terms = mutual.loss_terms(out, targets, text, args)
     sum(terms.values()).backward()
     assert all(torch.isfinite(term) for term in terms.values())
@@ -334,6 +335,8 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     flags, out = [*TINY, *STEPS, "--data-root", str(root), "--out", str(tmp_path / "run")], tmp_path / "run"
     with pytest.raises(UserError, match="pretrain/best.pt does not exist"):
         mutual.main([*flags, "--stage", "1"])
+    with pytest.raises(UserError, match="say --leaky-init"):
+        mutual.main([*flags, "--stage", "1", "--official", "model_final.pkl"])
     mutual.main([*flags, "--stage", "pretrain", "1"])
     assert not (out / "2").exists()
     mutual.main(flags)
@@ -348,6 +351,15 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     assert all(f"stage {stage} is done" in said for stage in mutual.STAGES)
     with pytest.raises(UserError, match="begun with --alpha"):
         mutual.main([*flags, "--alpha", "1"])
+
+    # killed after three of four steps, and gone on: the weights of the unbroken run
+    more = [*flags[:-1], str(tmp_path / "four"), "--reuse", str(out), "--stage", "1", "--max-steps", "4", "--save-every", "1"]
+    mutual.main(more)
+    whole = checkpoint.load(tmp_path / "four" / "1" / "last.pt")["model"]
+    (tmp_path / "four" / "1" / "prev.pt").replace(tmp_path / "four" / "1" / "last.pt")
+    mutual.main(more)
+    assert "from step 3" in capsys.readouterr().out
+    assert all(torch.equal(value, whole[name]) for name, value in checkpoint.load(tmp_path / "four" / "1" / "last.pt")["model"].items())
 
     # generate: cut short in the middle of a line, written on by two shards' worth, nothing twice
     folder = out / "generate"

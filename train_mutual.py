@@ -151,6 +151,8 @@ def get_parser():
         help="instances of the pool kept have a larger area, in pixels; Fig. 5: 0, 1024, 4096")
     add("--pseudo-filter", choices=("area", "random"), default="area", help="keep those, or as many at random; Fig. 5")
     add("--pseudo-weight", type=float, default=0.1, help="of generated sentences in L_sel; Table 7; 1: Fig. 5 without reweighting")
+    add("--described", type=float, default=1.0,
+        help="share of the train images whose sentences are used; the others join the pool, for corpora whose own is small")
     add("--size", type=int, default=1024, help="the longer side of the image, a multiple of 32; Table 8")
     add("--backbone", choices=tuple(BACKBONES), default="r101", help="Table 9: swin_b")
     loss = parser.add_argument_group("loss and schedule")
@@ -177,6 +179,7 @@ def frontend(args, vocabulary):
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--jitter {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
             (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: nothing is left to compare with."),
+            (not 0 < args.described <= 1, f"--described {args.described:g} is no share: give a number above 0 and at most 1."),
             (min(args.beams, args.hypotheses, args.expressions) < 1, "--beams, --hypotheses and --expressions are at least 1.")):
         if wrong:
             raise UserError(sentence)
@@ -665,12 +668,58 @@ def labelled(dataset, classes):
     return dataset
 
 
+def blank_sentences(images):
+    """One empty sentence that means nothing for each of the prepared images, so that those without any are visited."""
+    return [{"id": image["id"], "ref_id": image["id"], "image_id": image["id"], "object_ids": [], "text": ""} for image in images]
+
+
 def wordless(path):
-    """The prepared corpus in `path` with one empty sentence for each image, so that images without any are visited."""
+    """The prepared corpus in `path` with empty sentences alone."""
     prepared = data.load_prepared(path)
-    blank = [{"id": image["id"], "ref_id": image["id"], "image_id": image["id"], "object_ids": [], "text": ""}
-             for image in prepared.get("images", [])]
-    return prepared | {"expressions": blank}
+    return prepared | {"expressions": blank_sentences(prepared.get("images", []))}
+
+
+def described(args, expressions):
+    """Of the train split's sentences those that are used: of a share --described of its images, drawn by --seed."""
+    images = np.unique([expression["image_id"] for expression in expressions])
+    drawn = np.random.default_rng((args.seed, 2)).permutation(images)[:max(1, round(args.described * len(images)))]
+    kept = set(drawn.tolist())
+    return [expression for expression in expressions if expression["image_id"] in kept]
+
+
+def with_pool(args, sentences):
+    """The train split and the pool as one RefDataset; `sentences`: prepared (train, pool) -> its sentences."""
+    paths = data.split_path(args.data_root, args.dataset, "train"), Path(args.data_root) / args.coco / "pool.json"
+    parts = [data.load_prepared(path) for path in paths]
+    merged = {"meta": parts[0]["meta"], **{key: [*parts[0][key], *parts[1][key]] for key in ("images", "objects")}}
+    dataset = data.RefDataset(paths[0], None, None, prepared=merged | {"expressions": sentences(*parts)})
+    roots = [(path.parent / part["meta"]["image_root"]).absolute() for path, part in zip(paths, parts) for _ in part["images"]]
+    dataset.file_names = [str(root / name) for root, name in zip(roots, dataset.file_names)]
+    return dataset
+
+
+def undescribed(train, pool, args):
+    """Empty sentences for the images that nobody described: the pool's, and those that --described leaves out."""
+    kept = {expression["image_id"] for expression in described(args, train["expressions"])}
+    hidden = {expression["image_id"] for expression in train["expressions"]} - kept
+    return blank_sentences([image for image in train["images"] if image["id"] in hidden] + pool["images"])
+
+
+def real_and_generated(train, pool, generated, args):
+    """D_real and the filtered D_gen. generated: {object id: texts}; kept are objects of more than --min-area pixels, or as many
+    at random. Raises UserError for objects that are not there."""
+    objects = {o["id"]: o for o in [*train["objects"], *pool["objects"]]}
+    unknown = next((i for i in generated if i not in objects), None)
+    if unknown is not None:
+        raise UserError(f"object {unknown} was described and is not there; were the corpora made again? Run --stage generate anew.")
+    kept = sorted(i for i in generated if objects[i]["area"] > args.min_area)
+    if args.pseudo_filter == "random":
+        kept = sorted(np.random.default_rng((args.seed, 3)).choice(sorted(generated), len(kept), replace=False).tolist())
+    free, ref = (1 + max(expression[key] for expression in train["expressions"]) for key in ("id", "ref_id"))
+    said = [(ref + n, i, text) for n, i in enumerate(kept) for text in generated[i]]
+    return described(args, train["expressions"]) + [
+        {"id": free + n, "ref_id": ref_id, "image_id": objects[i]["image_id"], "object_ids": [i], "text": text,
+         "source": "generated"} for n, (ref_id, i, text) in enumerate(said)]
 
 
 def read_generated(folder):
@@ -691,32 +740,6 @@ def read_shards(folder):
             except (ValueError, KeyError, TypeError):
                 continue
     return list(lines.values())
-
-
-def with_generated(path, pool_path, sentences, args):
-    """D_real and D_gen as one dataset: the corpus in `path` and the pool's images with their filtered sentences.
-
-    sentences: {object id: texts}. Kept are objects of more than --min-area pixels, or as many at random. Returns RefDataset.
-    """
-    real, pool = data.RefDataset(path, None, None), data.RefDataset(pool_path, None, None, prepared=wordless(pool_path))
-    areas = {int(i): float(area) for i, area in zip(pool.object_ids, pool.areas)}
-    unknown = next((i for i in sentences if i not in areas), None)
-    if unknown is not None:
-        raise UserError(f"{pool_path} has no object {unknown}, which was described; was it made again? Run --stage generate anew.")
-    kept = sorted(i for i in sentences if areas[i] > args.min_area)
-    if args.pseudo_filter == "random":
-        kept = sorted(np.random.default_rng((args.seed, 3)).choice(sorted(sentences), len(kept), replace=False).tolist())
-    prepared, extra = data.load_prepared(path), data.load_prepared(pool_path)
-    free, ref = int(real.sent_ids.max()) + 1, int(real.ref_ids.max()) + 1
-    image_of = {int(i): int(pool.image_ids[image]) for i, image in zip(pool.object_ids, pool.object_image)}
-    said = [(ref + n, i, text) for n, i in enumerate(kept) for text in sentences[i]]
-    generated = [{"id": free + n, "ref_id": ref_id, "image_id": image_of[i], "object_ids": [i], "text": text,
-                  "source": "generated"} for n, (ref_id, i, text) in enumerate(said)]
-    merged = {"meta": prepared["meta"], **{key: prepared[key] + extra[key] for key in ("images", "objects")},
-              "expressions": prepared["expressions"] + generated}
-    dataset = data.RefDataset(path, None, None, prepared=merged)
-    dataset.file_names = [str((corpus.root / name).absolute()) for corpus in (real, pool) for name in corpus.file_names]
-    return dataset
 
 
 def check_corpus(dataset):
@@ -740,9 +763,14 @@ def stage_data(args, vocabulary, folder, origin):
                               for path in (train_path, val_path))
         common["augment"] = partial(jitter, low=args.jitter[0], high=args.jitter[1])
     else:
-        train_set = data.RefDataset(train_path, encode, canvas)
         if stage == "3":
-            train_set = with_generated(train_path, coco / "pool.json", read_generated(origin["generate"]), args)
+            generated = read_generated(origin["generate"])
+            train_set = with_pool(args, partial(real_and_generated, generated=generated, args=args))
+        else:
+            prepared = data.load_prepared(train_path)
+            if stage != "rb" and args.described < 1:  # the listener measures, so it may hear all
+                prepared["expressions"] = described(args, prepared["expressions"])
+            train_set = data.RefDataset(train_path, encode, canvas, prepared=prepared)
         check_corpus(train_set)
         val_set = data.RefDataset(val_path, encode, canvas)
     return labelled(train_set.view(**common), args.classes), labelled(val_set, args.classes)
@@ -755,10 +783,10 @@ def generate(args, ranks, folder, model, vocabulary, origin):
 
     What any number of ranks wrote before is kept, as long as the same weights wrote it. Raises UserError otherwise.
     """
-    path = Path(args.data_root) / args.coco / "pool.json"
     encode, canvas = frontend(args, vocabulary)
     targets = partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
-    pool = labelled(data.RefDataset(path, encode, canvas, targets, prepared=wordless(path)), args.classes)
+    pool = with_pool(args, partial(undescribed, args=args)).view(encode=encode, canvas=canvas, targets=targets)
+    pool = labelled(pool, args.classes)
     made = {"checkpoint": hashlib.sha256(origin.read_bytes()).hexdigest(), "expressions": args.expressions,
             "beams": max(args.beams, args.expressions), "max_words": args.max_words, "size": args.size}
     known = folder / "made.json"
@@ -1041,8 +1069,8 @@ ELSEWHERE = {"pretrain_steps", "pretrain_lr", "pretrain_batch_size", "pretrain_l
              "dsup_batch_size", "rb_steps", "dsup", "gsup", "reuse", "beams"}
 ONLY_2 = {"reward", "score", "tau", "alpha", "hypotheses", "baseline"}
 ONLY_3 = {"expressions", "min_area", "pseudo_filter", "pseudo_weight"}
-HEADS = {"tasks", "e2e", "indicator", "m2f_weight", "sel_weight", "gen_weight", "bert_weights", "bert_lr", "clip_heads"}
-UNSEEN = {"pretrain": ONLY_2 | ONLY_3 | HEADS, "1": ONLY_2 | ONLY_3, "2": ONLY_3, "3": ONLY_2, "rb": ONLY_2 | ONLY_3}
+HEADS = {"described", "tasks", "e2e", "indicator", "m2f_weight", "sel_weight", "gen_weight", "bert_weights", "bert_lr", "clip_heads"}
+UNSEEN = {"pretrain": ONLY_2 | ONLY_3 | HEADS, "1": ONLY_2 | ONLY_3, "2": ONLY_3, "3": ONLY_2, "rb": ONLY_2 | ONLY_3 | {"described"}}
 
 
 def check_same_run(state, args, folder):

@@ -290,22 +290,30 @@ def test_average_precision_of_the_truth(root):
     assert mutual.average_precision(args, ALONE, Oracle(), dataset) > 90
 
 
-@pytest.mark.parametrize("flags, kept", [(["--min-area", "0"], 3), (["--min-area", "500"], None), (["--min-area", "500", "--pseudo-filter", "random"], None)],
-                         ids=lambda value: " ".join(value) if isinstance(value, list) else None)
-def test_generated_sentences_join_the_corpus(root, flags, kept):
-    path, pool_path = root / "refshapes" / "train.json", root / "cocoshapes" / "pool.json"
-    pool, real = data.load_prepared(pool_path), data.RefDataset(path, None, None)
-    objects = sorted(pool["objects"], key=lambda o: o["area"])[::4]
-    said = {o["id"]: ["red ball", "the left one"] for o in objects}
-    merged = mutual.with_generated(path, pool_path, said, parse(mutual.get_parser(), [*TINY, *flags]))
+@pytest.mark.parametrize("flags", [["--min-area", "0"], ["--min-area", "500"], ["--min-area", "500", "--pseudo-filter", "random"]],
+                         ids=" ".join)
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_generated_sentences_join_the_corpus(root, flags, share):
+    """Of the objects described those that the filter keeps, beside the sentences of the images that count as described."""
+    args = parse(mutual.get_parser(), [*TINY, *flags, "--data-root", str(root), "--described", str(share)])
+    pool = mutual.with_pool(args, partial(mutual.undescribed, args=args))
+    real = data.RefDataset(root / "refshapes" / "train.json", None, None)
+    assert len(pool) == 2 + round((1 - share) * 16) and set(pool.texts) == {""}
+    objects = sorted(np.flatnonzero(np.isin(pool.object_image, pool.with_expressions)).tolist(), key=lambda i: pool.areas[i])[::2]
+    said = {int(pool.object_ids[i]): ["red ball", "the left one"] for i in objects}
+    merged = mutual.with_pool(args, partial(mutual.real_and_generated, generated=said, args=args))
     new = [e for e, source in enumerate(merged.sources) if source == "generated"]
-    large = {o["id"] for o in objects if o["area"] > (0 if kept else 500)}
+    large = {int(pool.object_ids[i]) for i in objects if pool.areas[i] > args.min_area}
     meant = {int(merged.object_ids[merged.objects_of[e][0]]) for e in new}
-    assert len(meant) == len(large) and 0 < len(large) and (("random" in flags) or meant == large)
-    assert len(merged) - len(real) == len(new) == 2 * len(meant) and len({int(merged.ref_ids[e]) for e in new}) == len(meant)
-    assert merged.picture(int(merged.expression_image[new[0]])).shape[0] == 3 and merged.picture(0).shape == real.picture(0).shape
-    with pytest.raises(UserError, match="has no object 5"):
-        mutual.with_generated(path, pool_path, {5: ["x"]}, parse(mutual.get_parser(), TINY))
+    assert len(meant) == len(large) > 0 and ("random" in flags or meant == large)
+    assert len(new) == 2 * len(meant) and len({int(merged.ref_ids[e]) for e in new}) == len(meant)
+    old = {text for e, text in enumerate(merged.texts) if e not in new}
+    assert old <= set(real.texts) and (len(merged) - len(new) == len(real)) == (share == 1)
+    assert not {int(merged.expression_image[e]) for e in new} & {int(merged.expression_image[e]) for e in range(len(merged)) if e not in new}
+    for image in (0, int(merged.expression_image[new[0]])):
+        assert merged.picture(image).shape == (3, *merged.sizes[image][::-1])
+    with pytest.raises(UserError, match="object 5 was described"):
+        mutual.with_pool(args, partial(mutual.real_and_generated, generated={5: ["x"]}, args=args))
 
 
 @pytest.mark.parametrize("stage, step, expected", [
@@ -368,7 +376,7 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     (folder / "rank0.jsonl").write_text("\n".join(text[:-1] + [text[-1][:30]]))
     (folder / "done.json").unlink()
     mutual.main([*flags, "--stage", "generate"])
-    assert {line["image"]: line for line in mutual.read_shards(folder)} == whole and len(whole) == len(data.load_prepared(root / "cocoshapes" / "pool.json")["images"])
+    assert {line["image"]: line for line in mutual.read_shards(folder)} == whole and len(whole) == 2
     (folder / "done.json").unlink()
     with pytest.raises(UserError, match="holds sentences of other weights"):
         mutual.main([*flags, "--stage", "generate", "--expressions", "2"])

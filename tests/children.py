@@ -151,8 +151,8 @@ class Running:
                        if Path(f"{self.log}{rank}").exists())
 
 
-def start(program, argv, log, ranks=1, hurt=(), hurt_rank=None):
-    """Run `python program.py argv…` in the repository, on `ranks` processes; what they print goes to the files `log`0, ….
+def start(program, argv, log, ranks=1, hurt=(), hurt_rank=None, cwd=REPOSITORY):
+    """Run `python program.py argv…` in `cwd`, on `ranks` processes; what they print goes to the files `log`0, `log`1, ….
 
     hurt: what befalls rank `hurt_rank`, or all, in this order: Moment, Setting, Tally, SmallDisk, …. Returns Running.
     """
@@ -164,23 +164,23 @@ def start(program, argv, log, ranks=1, hurt=(), hurt_rank=None):
         meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = CONTEXT.Process(target=_child, args=(
             program, [str(word) for word in argv], f"{log}{rank}",
-            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if hurt_rank in (None, rank) else ()))
+            {key: str(value) for key, value in meeting.items()} if ranks > 1 else {}, hurt if hurt_rank in (None, rank) else (), cwd))
         process.start()
         processes.append(process)
     return Running(processes, log)
 
 
-def finish(program, argv, log, ranks=1, hurt=(), status=0):
+def finish(program, argv, log, ranks=1, hurt=(), status=0, cwd=REPOSITORY):
     """`start`, and wait; every rank must end with `status`. Returns what was printed."""
-    running = start(program, argv, log, ranks, hurt)
+    running = start(program, argv, log, ranks, hurt, cwd=cwd)
     codes = running.wait()
     assert codes == [status] * ranks, (codes, running.said)
     return running.said
 
 
-def _child(program, argv, log, environment, hurt):
+def _child(program, argv, log, environment, hurt, cwd):
     torch.set_num_threads(1)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1), os.dup2(output, 2)

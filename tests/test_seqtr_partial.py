@@ -1,11 +1,7 @@
 """Partial-RES: sequences and their edge cases, equations against naive loops, the cache, each flag, the chain of stages."""
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +14,6 @@ import train_seqtr_partial as partial_res
 from common import checkpoint, data, masks
 from common.config import UserError, parse
 from common.text import Vocabulary
-from tests.conftest import REPOSITORY, command
 
 VOCABULARY = Vocabulary([f"w{i}" for i in range(20)])
 TINY = ["--yaml", "yaml/seqtr_partial_refshapes.yaml", "--size", "64", "--dim", "16", "--heads", "2", "--text-dim", "16",
@@ -387,12 +382,19 @@ CHAIN = [*TINY, "--ratio", "50", "--threshold", "inf", "--rec-epochs", "1", "--e
          "--save-every", "1", "--log-every", "1", "--eval-every", "1"]
 
 
+def finish(*argv, log):
+    from tests import children  # which takes CHAIN from here
+    return children.finish("train_seqtr_partial", argv, log)
+
+
 @pytest.fixture(scope="module")
-def chain(shapes, tmp_path_factory):
+def chain(unbroken, shapes, tmp_path_factory):
+    """The run folder of all stages and of the rows of Table 2, which a second call adds; and what both printed."""
+    whole, _ = unbroken("train_seqtr_partial")
     out = tmp_path_factory.mktemp("chain") / "run"
-    done = command("train_seqtr_partial.py", *CHAIN, "--rows", "--data-root", shapes, "--out", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+    shutil.copytree(whole, out)
+    said = finish(*CHAIN, "--rows", "--data-root", shapes, "--out", out, log=out.parent / "log")
+    return out, (whole.parent / "log0").read_text() + said
 
 
 def labels(out):
@@ -420,40 +422,16 @@ def test_chain(chain, shapes):
 
 def test_of_all_masks_none_is_left_to_predict(chain, shapes):
     out, _ = chain
-    done = command("train_seqtr_partial.py", *CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all",
-                   "--rec-from", out / "rec" / "best.pt", "--eval-splits")
-    assert done.returncode == 0, done.stdout + done.stderr
+    finish(*CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all", "--rec-from", out / "rec" / "best.pt",
+           "--eval-splits", log=out.parent / "log")
     assert {path.parent.name for path in (out.parent / "all").glob("*/*")} == {"res"} and not (out.parent / "all" / "res" / "eval").exists()
 
 
-def test_a_second_call_finds_all_done(chain, shapes):
+def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
     out, _ = chain
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*.pt"), *out.rglob("eval/*"), out / "pseudo" / "masks.json"]}
-    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
-    assert done.returncode == 0 and before == {path: path.stat().st_mtime_ns for path in before}
-
-
-@pytest.mark.parametrize("stage", ["pseudo", "retrain"])
-def test_killed_chain_goes_on(chain, shapes, tmp_path, stage):
-    """Killed as a stage begins or in its midst: the next call ends with the unbroken chain's weights and labels."""
-    whole, _ = chain
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "train_seqtr_partial.py", *CHAIN, "--data-root", str(shapes), "--out", str(out)],
-                               cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    sign = {"pseudo": out / "res" / "eval" / "refshapes_val.json", "retrain": out / "retrain" / "last.pt"}[stage]
-    deadline = time.monotonic() + 120
-    while not sign.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    done = command("train_seqtr_partial.py", *CHAIN, "--data-root", shapes, "--out", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("rec", "res", "retrain"):
-        ours, theirs = (checkpoint.load(folder / part / "best.pt")["model"] for folder in (out, whole))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
-    assert labels(out) == labels(whole)
+    finish(*CHAIN, "--data-root", shapes, "--out", out, log=tmp_path / "log")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_what_retraining_learns_from(chain, shapes):

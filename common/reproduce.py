@@ -248,8 +248,9 @@ class Plan:
         for column in self.table.columns_of(job.dataset, row):
             if self.table.scoring(row, job.dataset) is None and column.on == job.dataset:
                 folder, name = self.run_folder(job) / row.stage, f"{job.dataset}_{column.split}"
-                stages = [] if row.stage else sorted(folder.glob(f"*/eval/{name}.json"), key=lambda p: p.stat().st_mtime)
-                files = [*stages, *(folder / "eval" / f"{name}{suffix}.json" for suffix in ("_reg", ""))]
+                names = [f"{name}{suffix}.json" for suffix in ("_reg", "")]
+                stages = [] if row.stage else [path for of in names for path in folder.glob(f"*/eval/{of}")]
+                files = sorted(stages, key=lambda path: path.stat().st_mtime) + [folder / "eval" / of for of in names]
             else:
                 files = said
             key, numbers = f"{column.on} {column.split}", {}

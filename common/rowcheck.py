@@ -1,7 +1,8 @@
 """Does every row's flag do what its `effect` says? `python -m common.reproduce TABLE --check`: one step, nothing trained.
 
 Each row runs in a process of its own, forked from one that has loaded torch, on tiny embedded corpora, with batches of four
-images and one step for each stage, and is scored. What its `effect` names is compared with the row that it ablates:
+images and one step for each stage, and is scored. What its `effect` names is compared with the row that it ablates (of the row's
+`stage` alone, where it has one):
 `model` the networks that build_model returned (names, shapes, first values), `loss` the terms in the log's first line, `data` the first
 training batch, `decode` all that the model answered when it was scored, `eval` the numbers of the score files. Equal is FAIL.
 """
@@ -157,16 +158,19 @@ def see(root, folder, command):
         places[name] = folder / name
         train(script, root, places[name], other, places)
     seen = {"model": [], "data": [], "decode": []}
-    build, load, predict = script.build_model, data.load, metrics.predict
+    build, load, predict, asked = script.build_model, data.load, metrics.predict, True
 
-    def watched_build(*args, **options):
-        model = build(*args, **options)
-        seen["model"].append(digest(dict(model.state_dict())))
+    def watched_build(args, *others):
+        nonlocal asked  # whether this is the stage that the row's score is of; its model is built before its data is read
+        asked = not command.stage or args.stage in (command.stage, [command.stage])
+        model = build(args, *others)
+        if asked:
+            seen["model"].append(digest(dict(model.state_dict())))
         return model
 
     def watched_load(dataset, *args, **options):
         for i, batch in enumerate(load(dataset, *args, **options)):
-            if i == 0 and dataset.split == "train":
+            if i == 0 and dataset.split == "train" and asked:
                 seen["data"].append(digest(dataclasses.replace(batch, frames=[])))
             yield batch
 

@@ -16,7 +16,7 @@ from common import pictures
 from common.config import REPOSITORY, UserError, load_yaml, nearest, write_text
 
 EFFECTS = ("model", "loss", "data", "decode", "eval")
-METRICS = ("mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(1, 10)), "REC@0.5", "n", "CIDEr", "METEOR", "Rb-Acc", "class mIoU",
+METRICS = ("mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(1, 10)), "REC@0.5", "n", "CIDEr", "METEOR", "Rb-Acc", "H-Acc", "class mIoU",
            "gIoU", "cIoU", "N-acc", "T-acc")
 NESTED = ("pointing", "by_kind", "by_size", "by_length", "by_source", "subsets", "classes")  # dotted: pointing.H_mask
 NO_PERCENT = ("CIDEr",)

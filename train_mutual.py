@@ -286,8 +286,9 @@ class Mutual(nn.Module):
         share = self.select(features, image_of, text).float().softmax(-1)                         # (E, N)
         best = share.argmax(-1)
         masks = features["masks"].float()
-        heat = torch.stack([torch.tensordot(row, masks[b].sigmoid(), 1) for row, b in zip(share, image_of.tolist())]) \
-            if len(share) else masks[:0, 0]
+        heat = masks.new_zeros(len(share), *masks.shape[2:])
+        for b in image_of.unique().tolist():
+            heat[image_of == b] = torch.tensordot(share[image_of == b], masks[b].sigmoid(), 1)
         return {"prob": upsample(masks[image_of, best]).sigmoid(), "threshold": 0.5, "heat": {"S": heat},
                 "score": share.gather(1, best[:, None]).squeeze(1), "proposals": share}
 
@@ -1140,7 +1141,9 @@ def transfer(model, path, vocabulary, parts):
     state = checkpoint.load(path)
     if len(parts) > 1 and state.get("vocabulary") != list(vocabulary):
         raise UserError(f"{path} was trained with another vocabulary than this corpus'; train its own step 1.")
-    theirs = {name: value for name, value in state["model"].items() if name.split(".")[0] in parts}
+    theirs = {name: value for name, value in state.get("model", {}).items() if name.split(".")[0] in parts}
+    if not theirs:
+        raise UserError(f"{path} was made by {state['script']}.py and holds no {' or '.join(parts)}.")
     checkpoint.load_model(model, {"model": model.state_dict() | theirs}, path)
     return bool(state["args"].get("leaky_init"))
 

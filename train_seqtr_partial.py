@@ -42,8 +42,9 @@ Where the paper is silent
   rec           plain SeqTR without CCTF and PMCA ("the REC model trained in SeqTR"), so that all rows share it (`--rec-from`).
   jitter        scale 0.3 to 1.4, SeqTR's; a crop holds the whole object where it can. For pseudo labels the object is the label.
   first values  of dic(.) and of the last layer: sines of each bin's place, so that neighbouring bins begin alike; of the layers
-                before it He's. Trained from nothing, attention and the reading of what it finds learn only through each
-                other: a weak or blurred reading (torch's own first values, slow sines) holds both back for long.
+                before it He's; of the transformer Xavier's, a tenth of them where a layer adds to its input. Trained from
+                nothing, attention and the reading of what it finds learn only through each other, and nothing is located until
+                both do: a weak or blurred reading (torch's own first values, slow sines, deep post-norm layers) holds that back.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
 """
@@ -59,12 +60,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from skimage.measure import find_contours
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, data, distributed, masks, metrics, runlog
 from common.backbones import Darknet53, DarknetConv, DarknetNeck, ResNet, Small, freeze_batchnorm, load_weights
 from common.config import UserError, base_parser, parse, run
+from common.contours import boxes_round, rasterise, sample, trace
 from common.language import BiGRU
 from common.layers import Attention, ConvNormAct, EncoderLayer, feed_forward, normalise, sine
 from common.text import Vocabulary
@@ -226,6 +227,11 @@ class SeqTR(nn.Module):
         for layer in self.predictor[:-1:2]:  # torch's own would shrink what is said by three with each layer
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # each layer begins close to the identity; only the first of the decoder looks at the cells with full strength
+        quiet = [layer.feed_forward[-1] for layer in (*self.encoder, *self.decoder)] + [layer.attention.out for layer in self.encoder]
+        quiet += [layer.own.out for layer in self.decoder] + [layer.cross.out for layer in self.decoder[1:]]
+        for layer in quiet:
+            layer.weight.data *= 0.1
         with torch.no_grad():  # bins that lie together begin alike, as what is read and as what is said
             waves = bin_waves(args.bins, args.dim)
             self.coordinates.weight[:-1] = 0.3 * waves
@@ -237,8 +243,8 @@ class SeqTR(nn.Module):
         size = extent(images, self.fill)
         if self.released:  # 0..255, and black padding
             pixels = images.float() * (1 if images.dtype == torch.uint8 else 255)
-            beyond = [torch.arange(side, device=images.device) >= size[:, i, None] for i, side in ((0, images.shape[3]), (1, images.shape[2]))]
-            pixels = pixels.masked_fill(beyond[0][:, None, None] | beyond[1][:, None, :, None], 0)
+            x, y = (torch.arange(side, device=images.device) < size[:, i, None] for i, side in enumerate(images.shape[:1:-1]))
+            pixels = pixels * (y[:, None, :, None] & x[:, None, None])
         else:
             pixels = normalise(images, self.backbone.mean, self.backbone.std)
         features = self.backbone(pixels)
@@ -263,7 +269,7 @@ class SeqTR(nn.Module):
         else:
             states, known = self.language(text)
         sentence = states.masked_fill(~known[..., None], -torch.inf).amax(1)                 # mp(F_l), (E, text_dim)
-        fused = visual.tanh()[image_of] * sentence.tanh()[..., None, None]                   # Eq. 1
+        fused = visual.tanh().index_select(0, image_of) * sentence.tanh()[..., None, None]                   # Eq. 1
         x = self.project(fused)
         h, w = x.shape[2:]
         stride = self.strides[-1]
@@ -281,7 +287,8 @@ class SeqTR(nn.Module):
             x = layer(x, position, visible[:, None, None])
         lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
         keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
-        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": token_frame(size, self.released) / stride, "lines": lines}
+        cells = token_frame(size, self.released) / stride
+        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": cells, "lines": lines}
 
     def embed(self, memory, tokens, start=0):
         """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
@@ -464,57 +471,7 @@ def build_model(args, vocabulary):
 
 
 # ---- sequences ----------------------------------------------------------------------------------------------
-# Points are continuous, in pixels of the canvas, whole numbers on pixel edges.
-
-def outlines(mask):
-    """The outer contours of a mask (H,W): a list of (n,2) polygons in x and y, clockwise as seen, the largest first.
-
-    scikit-image's marching squares serve: their vertices at half pixels lie on the edges between foreground and background
-    (a border follower's lie on the centres of border pixels and lose half a pixel all round), and the foreground is on a
-    fixed side of them, which tells outlines from holes. Pixels that touch at a corner are one part.
-    """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return []
-    top, left = rows[0], columns[0]
-    cut = np.pad(mask[top:rows[-1] + 1, left:columns[-1] + 1].astype(np.float32), 1)
-    found = [contour[:-1, ::-1] + [left - 0.5, top - 0.5] for contour in find_contours(cut, 0.5, fully_connected="high")]
-    signed = [(area(contour), contour) for contour in found]
-    return [contour for size, contour in sorted(signed, key=lambda pair: -pair[0]) if size > 0]
-
-
-def area(polygon):
-    """Signed area of a polygon (n,2), positive where it goes clockwise as seen, y pointing down."""
-    x, y = polygon.T
-    return 0.5 * float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
-
-
-def trace(mask, contour):
-    """One closed contour (n,2) of a mask from the leftmost of its topmost vertices, clockwise; None where the mask is empty."""
-    parts = outlines(mask)
-    if not parts:
-        return None
-    line = parts[0]
-    rest = parts[1:] if contour == "bridge" else []
-    while rest:  # walk to the nearest part, once round it, and back the same way
-        gaps = [np.square(line[:, None] - part[None]).sum(-1) for part in rest]
-        k = min(range(len(rest)), key=lambda i: gaps[i].min())
-        i, j = np.unravel_index(gaps[k].argmin(), gaps[k].shape)
-        part = np.roll(rest.pop(k), -j, axis=0)
-        line = np.concatenate([line[:i + 1], part, part[:1], line[i:]])
-    return np.roll(line, -np.lexsort((line[:, 0], line[:, 1]))[0], axis=0)
-
-
-def sample(line, count, sampling):
-    """Points of a closed contour (n,2), its first one first: `count` of them, equally far apart along it (`uniform`), or every
-    ceil(n/count)-th of its vertices (`stride`), at most `count`."""
-    if sampling == "stride":
-        return line[::-(-len(line) // count)]
-    closed = np.concatenate([line, line[:1]])
-    along = np.concatenate([[0], np.sqrt(np.square(np.diff(closed, axis=0)).sum(1)).cumsum()])
-    at = np.arange(count) * along[-1] / count
-    return np.stack([np.interp(at, along, closed[:, 0]), np.interp(at, along, closed[:, 1])], 1)
-
+# Points are continuous, in pixels of the canvas, whole numbers on pixel edges. common/contours.py traces and draws them.
 
 def token_frame(size, released):
     """Width and height (...,2) that coordinates are shares of: the image's own, and as released those up to a multiple of 32."""
@@ -533,26 +490,6 @@ def dequantise(tokens, size, bins):
     pairs = tokens.unflatten(1, (-1, 2))
     ended = (pairs == bins).any(2).cumsum(1) > 0
     return (pairs * size[:, None] / bins).masked_fill(ended[..., None], torch.nan)
-
-
-def rasterise(points, height, width):
-    """The mask (height,width) that points (P,2) enclose, rows of NaN left out: nothing for one point or none, the box between
-    two, the polygon of more."""
-    points = points[np.isfinite(points).all(1)].astype(float)
-    if len(points) < 2:
-        return np.zeros((height, width), bool)
-    if len(points) == 2:
-        (x0, y0), (x1, y1) = points
-        points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-    return masks.decode(masks.from_polygons([points.ravel().tolist()], height, width), checked=True)
-
-
-def boxes_round(points):
-    """xyxy boxes (E,4) round points (E,P,2), NaN left out; zeros for fewer than two points."""
-    missing = points.isnan()
-    low, high = points.masked_fill(missing, torch.inf).amin(1), points.masked_fill(missing, -torch.inf).amax(1)
-    several = ((~missing).all(2).sum(1) > 1)[:, None]
-    return torch.where(several, torch.cat([low, high], 1), 0.0)
 
 
 def visible_size(frame):

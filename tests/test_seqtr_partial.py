@@ -1,7 +1,8 @@
 """Partial-RES: sequences and their edge cases, equations against naive loops, the cache, each flag, the chain of stages."""
+import io
 import json
 import math
-import shutil
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_seqtr_partial as partial_res
-from common import checkpoint, data, masks
+from common import checkpoint, contours, data, masks
 from common.config import UserError, parse
 from common.text import Vocabulary
 
@@ -52,7 +53,7 @@ def blob(seed=0, size=90):
     angle, rng = np.linspace(0, 2 * np.pi, 60, endpoint=False), np.random.default_rng(seed)
     radius = size * (0.3 + 0.08 * np.sin(3 * angle + seed)) + rng.normal(0, 0.5, 60)
     points = size / 2 + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-    return partial_res.rasterise(points, size, size)
+    return contours.rasterise(points, size, size)
 
 
 def example(mask, frame=None, box=None, seed=0):
@@ -80,22 +81,22 @@ def test_contour_of_a_fixture():
     mask = np.zeros((6, 7), bool)
     mask[1:3, 2:5] = mask[3, 2] = True
     expected = [[2.5, 1], [3.5, 1], [4.5, 1], [5, 1.5], [5, 2.5], [4.5, 3], [3.5, 3], [3, 3.5], [2.5, 4], [2, 3.5], [2, 2.5], [2, 1.5]]
-    assert partial_res.trace(mask, "largest").tolist() == expected
-    assert partial_res.sample(np.array(expected), 4, "stride").tolist() == expected[::3]
-    assert len(partial_res.sample(np.array(expected), 5, "stride")) == 4, "every third vertex: at most N points, not N"
+    assert contours.trace(mask, "largest").tolist() == expected
+    assert contours.sample(np.array(expected), 4, "stride").tolist() == expected[::3]
+    assert len(contours.sample(np.array(expected), 5, "stride")) == 4, "every third vertex: at most N points, not N"
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_polygon_gives_the_mask_back(seed):
     mask = blob(seed)
-    line = partial_res.trace(mask, "largest")
-    assert partial_res.area(line) > 0 and line[0, 1] == line[:, 1].min()
-    points = partial_res.sample(line, 200, "uniform")
+    line = contours.trace(mask, "largest")
+    assert contours.area(line) > 0 and line[0, 1] == line[:, 1].min()
+    points = contours.sample(line, 200, "uniform")
     gaps = np.linalg.norm(np.diff(np.concatenate([points, points[:1]]), axis=0), axis=1)
     assert np.allclose(points[0], line[0]) and gaps.std() < 0.15 * gaps.mean()
-    assert iou(partial_res.rasterise(points, *mask.shape), mask) >= 0.95
+    assert iou(contours.rasterise(points, *mask.shape), mask) >= 0.95
     quantised = points_of(tokens_of(mask, 200, 1000), (90, 90), 1000).numpy()
-    assert iou(partial_res.rasterise(quantised, *mask.shape), mask) >= 0.95
+    assert iou(contours.rasterise(quantised, *mask.shape), mask) >= 0.95
 
 
 def test_parts_and_holes():
@@ -105,12 +106,12 @@ def test_parts_and_holes():
     mask[30:36, 40:50] = mask[2:5, 50:53] = True
     filled = mask.copy()
     filled[10:15, 10:15] = True
-    largest = partial_res.rasterise(partial_res.trace(mask, "largest"), 40, 60)
+    largest = contours.rasterise(contours.trace(mask, "largest"), 40, 60)
     assert largest[5:25, 5:25].mean() > 0.98 and largest.sum() <= 400, "the largest part, its hole filled"
-    bridged = partial_res.rasterise(partial_res.trace(mask, "bridge"), 40, 60)
+    bridged = contours.rasterise(contours.trace(mask, "bridge"), 40, 60)
     assert iou(bridged, filled) > 0.95
     touching = np.eye(8, dtype=bool)
-    assert len(partial_res.outlines(touching)) == 1, "pixels that meet at a corner are one part"
+    assert len(contours.outlines(touching)) == 1, "pixels that meet at a corner are one part"
 
 
 @pytest.mark.parametrize("size", [(640, 427), (37, 128), (1, 1)])
@@ -130,20 +131,20 @@ def test_edge_cases(sampling):
     """One pixel, nothing, fewer vertices than N, and sequences of two, one and no points."""
     one = np.zeros((32, 32), bool)
     assert (tokens_of(one, sampling=sampling) == 32).all(), "an empty mask is EOS alone"
-    assert not partial_res.rasterise(points_of(tokens_of(one), (32, 32)).numpy(), 32, 32).any()
+    assert not contours.rasterise(points_of(tokens_of(one), (32, 32)).numpy(), 32, 32).any()
     one[7, 9] = True
     tokens = tokens_of(one, 12, sampling=sampling)
     there = tokens[tokens < 32]
     assert len(there) == (24 if sampling == "uniform" else 8), "N points however short, or all vertices and EOS"
     assert set(there.tolist()) <= {7, 8, 9, 10}
     points = torch.tensor([[2.0, 3], [10, 9]])
-    box = partial_res.rasterise(points.numpy(), 16, 16)
+    box = contours.rasterise(points.numpy(), 16, 16)
     assert box.sum() == 8 * 6 and box[3:9, 2:10].all(), "two points are the box between them"
-    assert np.array_equal(box, partial_res.rasterise(points.flip(0).numpy(), 16, 16))
-    assert not partial_res.rasterise(points[:1].numpy(), 16, 16).any()
+    assert np.array_equal(box, contours.rasterise(points.flip(0).numpy(), 16, 16))
+    assert not contours.rasterise(points[:1].numpy(), 16, 16).any()
     cut = points_of(torch.tensor([4, 4, 8, 8, 9, 32, 5, 5]), (32, 32))
     assert cut[:2].tolist() == [[4, 4], [8, 8]] and cut[2:].isnan().all(), "EOS ends it, half a point and all behind it fall"
-    assert partial_res.boxes_round(torch.stack([cut, cut * torch.nan])).tolist() == [[4, 4, 8, 8], [0, 0, 0, 0]]
+    assert contours.boxes_round(torch.stack([cut, cut * torch.nan])).tolist() == [[4, 4, 8, 8], [0, 0, 0, 0]]
 
 
 def test_boxes_flips_and_shrinking():
@@ -155,7 +156,7 @@ def test_boxes_flips_and_shrinking():
     assert boxed.tolist() == [28, 10, 36, 20]
     raw = {0: np.array([[4, 10], [12, 10], [12, 20], [4, 20.0]])}
     mirrored = points_of(make(example(mask, frame), raw=raw)["tokens"][0], (40, 40), 40)[:4].numpy()
-    assert partial_res.area(mirrored) == 80, "raw points stay clockwise in the mirror"
+    assert contours.area(mirrored) == 80, "raw points stay clockwise in the mirror"
     small = replace(frame, in_width=2, in_height=2)
     assert (make(example(mask, small))["tokens"] < 40).all(), "what shrinks below half a pixel is still there"
 
@@ -382,19 +383,13 @@ CHAIN = [*TINY, "--ratio", "50", "--threshold", "inf", "--rec-epochs", "1", "--e
          "--save-every", "1", "--log-every", "1", "--eval-every", "1"]
 
 
-def finish(*argv, log):
-    from tests import children  # which takes CHAIN from here
-    return children.finish("train_seqtr_partial", argv, log)
-
-
 @pytest.fixture(scope="module")
-def chain(unbroken, shapes, tmp_path_factory):
-    """The run folder of all stages and of the rows of Table 2, which a second call adds; and what both printed."""
-    whole, _ = unbroken("train_seqtr_partial")
-    out = tmp_path_factory.mktemp("chain") / "run"
-    shutil.copytree(whole, out)
-    said = finish(*CHAIN, "--rows", "--data-root", shapes, "--out", out, log=out.parent / "log")
-    return out, (whole.parent / "log0").read_text() + said
+def chain(shapes, tmp_path_factory):
+    """(run folder, what was printed) of a whole chain, with the rows of Table 2."""
+    out, said = tmp_path_factory.mktemp("chain") / "run", io.StringIO()
+    with redirect_stdout(said):
+        partial_res.main([*CHAIN, "--rows", "--data-root", str(shapes), "--out", str(out)])
+    return out, said.getvalue()
 
 
 def labels(out):
@@ -422,15 +417,15 @@ def test_chain(chain, shapes):
 
 def test_of_all_masks_none_is_left_to_predict(chain, shapes):
     out, _ = chain
-    finish(*CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all", "--rec-from", out / "rec" / "best.pt",
-           "--eval-splits", log=out.parent / "log")
+    partial_res.main([*CHAIN, "--ratio", "100", "--data-root", str(shapes), "--out", str(out.parent / "all"),
+                      "--rec-from", str(out / "rec" / "best.pt"), "--eval-splits"])
     assert {path.parent.name for path in (out.parent / "all").glob("*/*")} == {"res"} and not (out.parent / "all" / "res" / "eval").exists()
 
 
-def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
+def test_a_second_call_finds_all_done(chain, shapes):
     out, _ = chain
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*.pt"), *out.rglob("eval/*"), out / "pseudo" / "masks.json"]}
-    finish(*CHAIN, "--data-root", shapes, "--out", out, log=tmp_path / "log")
+    partial_res.main([*CHAIN, "--data-root", str(shapes), "--out", str(out)])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

@@ -1,8 +1,7 @@
 """Partial-RES: sequences and their edge cases, equations against naive loops, the cache, each flag, the chain of stages."""
-import io
 import json
 import math
-from contextlib import redirect_stdout
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -383,13 +382,19 @@ CHAIN = [*TINY, "--ratio", "50", "--threshold", "inf", "--rec-epochs", "1", "--e
          "--save-every", "1", "--log-every", "1", "--eval-every", "1"]
 
 
+def finish(*argv, log):
+    from tests import children  # which takes CHAIN from here
+    return children.finish("train_seqtr_partial", argv, log)
+
+
 @pytest.fixture(scope="module")
-def chain(shapes, tmp_path_factory):
-    """(run folder, what was printed) of a whole chain, with the rows of Table 2."""
-    out, said = tmp_path_factory.mktemp("chain") / "run", io.StringIO()
-    with redirect_stdout(said):
-        partial_res.main([*CHAIN, "--rows", "--data-root", str(shapes), "--out", str(out)])
-    return out, said.getvalue()
+def chain(unbroken, shapes, tmp_path_factory):
+    """The run folder of all stages and of the rows of Table 2, which a second call adds; and what both printed."""
+    whole, _ = unbroken("train_seqtr_partial")
+    out = tmp_path_factory.mktemp("chain") / "run"
+    shutil.copytree(whole, out)
+    said = finish(*CHAIN, "--rows", "--data-root", shapes, "--out", out, log=out.parent / "log")
+    return out, (whole.parent / "log0").read_text() + said
 
 
 def labels(out):
@@ -417,15 +422,15 @@ def test_chain(chain, shapes):
 
 def test_of_all_masks_none_is_left_to_predict(chain, shapes):
     out, _ = chain
-    partial_res.main([*CHAIN, "--ratio", "100", "--data-root", str(shapes), "--out", str(out.parent / "all"),
-                      "--rec-from", str(out / "rec" / "best.pt"), "--eval-splits"])
+    finish(*CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all", "--rec-from", out / "rec" / "best.pt",
+           "--eval-splits", log=out.parent / "log")
     assert {path.parent.name for path in (out.parent / "all").glob("*/*")} == {"res"} and not (out.parent / "all" / "res" / "eval").exists()
 
 
-def test_a_second_call_finds_all_done(chain, shapes):
+def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
     out, _ = chain
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*.pt"), *out.rglob("eval/*"), out / "pseudo" / "masks.json"]}
-    partial_res.main([*CHAIN, "--data-root", str(shapes), "--out", str(out)])
+    finish(*CHAIN, "--data-root", shapes, "--out", out, log=tmp_path / "log")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

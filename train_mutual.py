@@ -724,9 +724,7 @@ def real_and_generated(train, pool, generated, args):
 
 
 def read_generated(folder):
-    """{object id: [sentence, …]} of the shards in a `generate` folder. Raises UserError where it is not finished."""
-    if not (folder / "done.json").is_file():
-        raise UserError(f"{folder / 'done.json'} does not exist: the pool's sentences are not all written; run --stage generate.")
+    """{object id: [sentence, …]} of the shards in a finished `generate` folder."""
     return {o["object"]: [said["text"] for said in o["sentences"]] for line in read_shards(folder) for o in line["objects"]}
 
 
@@ -788,7 +786,7 @@ def generate(args, ranks, folder, model, vocabulary, origin):
     targets = partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
     pool = with_pool(args, partial(undescribed, args=args)).view(encode=encode, canvas=canvas, targets=targets)
     pool = labelled(pool, args.classes)
-    made = {"checkpoint": hashlib.sha256(origin.read_bytes()).hexdigest(), "expressions": args.expressions,
+    made = {"checkpoint": digest(origin), "expressions": args.expressions,
             "beams": max(args.beams, args.expressions), "max_words": args.max_words, "size": args.size}
     known = folder / "made.json"
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else made
@@ -936,8 +934,11 @@ def clip_gradients(args, model):
     return math.hypot(*map(float, norms))
 
 
-def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
-    """The loop, from `state` (a checkpoint, or None) to the last step. Leaves last.pt, prev.pt, best.pt and log.jsonl."""
+def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, begun):
+    """The loop, from `state` (a checkpoint, or None) to the last step. Leaves last.pt, prev.pt, best.pt and log.jsonl.
+
+    begun: what the stage began with, {stage: digest}, kept in last.pt.
+    """
     model = model.to(ranks.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(args, model), lr=args.lr, fused=True)
@@ -963,7 +964,8 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set):
         random = distributed.gather(ranks, checkpoint.random_states())
         if ranks.main:
             checkpoint.save(folder / "last.pt", snapshot(args, model, vocabulary, step, best) | {
-                "steps": steps, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random}, keep="prev.pt")
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random,
+                "steps": steps, "begun": begun}, keep="prev.pt")
 
     with runlog.Log(folder, ranks.main, steps, step) as log, stop_signal() as stopping:
         log.truncate(step)
@@ -1153,8 +1155,12 @@ def run_stage(args, ranks, folder, origin):
     stage = args.stage[-1]
     finished = folder / "done.json"  # of generate; the others say it in last.pt
     state = checkpoint.load_newest(folder) if stage != "generate" else None
+    begun = {name: digest(origin[name]) for name in needed(args)}
     if state:
         check_same_run(state, args, folder)
+        other = next((name for name, value in state["begun"].items() if begun.get(name) != value), None)
+        if other:
+            raise UserError(f"{folder} was begun with another {origin[other]} than is there now; remove {folder} to train it anew.")
     if state and state["step"] >= state["steps"] or stage == "generate" and finished.is_file():
         if ranks.main:
             print(f"stage {stage} is done: {folder}", flush=True)
@@ -1169,7 +1175,7 @@ def run_stage(args, ranks, folder, origin):
     args.leaky_init = state["args"]["leaky_init"] if state else begin(args, model, vocabulary, origin)
     if stage == "generate":
         return generate(args, ranks, folder, model.to(ranks.device), vocabulary, origin["describer"])
-    train(args, ranks, folder, state, model, vocabulary, *stage_data(args, vocabulary, folder, origin))
+    train(args, ranks, folder, state, model, vocabulary, *stage_data(args, vocabulary, folder, origin), begun)
 
 
 def chosen_stages(args):
@@ -1192,6 +1198,16 @@ def chosen_stages(args):
 NEEDS = {"pretrain": (), "1": ("pretrain",), "2": ("1",), "generate": ("describer",), "3": ("pretrain", "generate"), "rb": ("1",)}
 
 
+def needed(args):
+    """The stages that a stage begins with."""
+    return [name for name in NEEDS[args.stage[-1]] if not (name == "pretrain" and args.official)]
+
+
+def digest(path):
+    """sha256 of a file, or of the list in the folder of `generate`."""
+    return hashlib.sha256((path / "done.json" if path.is_dir() else path).read_bytes()).hexdigest()
+
+
 def origins(args, folder):
     """{stage: its best.pt, or generate's folder} of this run, or of --reuse where this run has none; `describer`, who writes
     for the pool, is stage 2, with --no-dsup step 1."""
@@ -1200,7 +1216,7 @@ def origins(args, folder):
         name = "done.json" if stage == "generate" else "best.pt"
         places = [Path(run) / stage / name for run in (folder, args.reuse) if run]
         path = next((path for path in places if path.is_file()), places[0])
-        found[stage] = path.parent if stage == "generate" else path
+        found[stage] = path.parent if stage == "generate" and path.is_file() else path
     return found | {"describer": found["2" if args.dsup and args.tasks == "both" else "1"]}
 
 
@@ -1260,12 +1276,12 @@ def main(argv=None):
         args.resume = True  # a chain goes on from what is there
         for stage in stages:
             origin = origins(args, folder)
-            needed = [origin[name] for name in NEEDS[stage] if not (name == "pretrain" and args.official)]
-            lacking = next((path for path in needed if not path.exists()), None)
+            settings = of_stage(args, stage)
+            lacking = next((origin[name] for name in needed(settings) if not origin[name].exists()), None)
             if lacking is not None:
                 raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or name a "
                                 "run that has it with --reuse.")
-            run_stage(of_stage(args, stage), ranks, folder / stage, origin)
+            run_stage(settings, ranks, folder / stage, origin)
         evaluate_stages(args, ranks, folder)
     finally:
         distributed.finish()

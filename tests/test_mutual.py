@@ -347,6 +347,7 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
         mutual.main([*flags, "--stage", "1", "--official", "model_final.pkl"])
     mutual.main([*flags, "--stage", "pretrain", "1"])
     assert not (out / "2").exists()
+    one = (out / "1" / "best.pt").read_bytes()
     mutual.main(flags)
     said = capsys.readouterr().out
     assert "stage 1 is done" in said and (out / "generate" / "done.json").is_file()
@@ -359,6 +360,10 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     assert all(f"stage {stage} is done" in said for stage in mutual.STAGES)
     with pytest.raises(UserError, match="begun with --alpha"):
         mutual.main([*flags, "--alpha", "1"])
+    with pytest.raises(UserError, match="begun with another .*1/best.pt than is there now"):
+        shutil.copy(out / "3" / "best.pt", out / "1" / "best.pt")
+        mutual.main([*flags, "--stage", "2"])
+    (out / "1" / "best.pt").write_bytes(one)
 
     # killed after three of four steps, and gone on: the weights of the unbroken run
     more = [*flags[:-1], str(tmp_path / "four"), "--reuse", str(out), "--stage", "1", "--max-steps", "4", "--save-every", "1"]

@@ -25,7 +25,7 @@ Where the paper is silent
                 that mean to the features first and convolve then (Table IV).
   L_pos         Eq. 9 averages over cells, where one centre among 67,200 cells would vanish beside L_seg; each level's
                 sum is divided by its sentence's positive cells (RetinaNet). Per sentence, so neither ranks nor batches
-                matter.
+                matter. alpha and gamma of the focal loss are RetinaNet's.
   centre        centre of mass of the mask, as for the clicks of Sec. IV-A; cells beyond the border are left out.
   kernel head   two 3x3 convolutions and a pointwise one (the lighter SOLOv2).
   decoder       Panoptic FPN's, half as wide as the kernels, with SOLOv2's two coordinates on its coarsest level: a
@@ -120,6 +120,9 @@ def get_parser():
     add("--weak-labels", choices=WEAK_LABELS, default="superpixel_gcrf", help="Table IX")
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
+    add("--focal-alpha", type=float, default=0.25,
+        help="weight of the centre's cells in Eq. 9, 1 - alpha that of the others; RetinaNet's")
+    add("--focal-gamma", type=float, default=2.0, help="how little well-answered cells count in Eq. 9; RetinaNet's")
     add("--lambda-w", type=float, default=0.01, help="weight of the Gated-CRF loss, Eq. 14; Sec. V-B")
     add("--gcrf-xy", type=float, default=6.0, help="sigma in cells of the mask; [70]")
     add("--gcrf-rgb-sigma", type=float, default=0.1, help="sigma of colours; [70]")
@@ -541,7 +544,7 @@ def true_cells(cells, out):
 
 def loss_terms(out, targets, args):
     """Weighted loss terms, each summed over the sentences (E): {name: scalar}. Eq. 9-14."""
-    terms = {"pos": position_loss(out, targets["cells"])}
+    terms = {"pos": position_loss(out, targets["cells"], args.focal_alpha, args.focal_gamma)}
     if args.kernel:
         logits, chosen = dynamic_convolution(out, *true_cells(targets["cells"], out))    # (E, K, h, w), (E, K)
     else:
@@ -566,7 +569,7 @@ def loss_terms(out, targets, args):
     return terms
 
 
-def position_loss(out, cells):
+def position_loss(out, cells, alpha=0.25, gamma=2.0):
     """L_pos, Eq. 9: focal loss over the centre's cells (E,5,9), the mean over the levels; summed over sentences."""
     total = 0
     for stride, heat in zip(out["strides"], out["heats"]):
@@ -574,7 +577,7 @@ def position_loss(out, cells):
         heat = heat.float().flatten(1)
         truth = torch.zeros(heat.shape[0], heat.shape[1] + 1, device=heat.device)        # the last column takes the -1
         truth = truth.scatter_(1, torch.where(cell < 0, heat.shape[1], cell), 1.0)[:, :-1]
-        loss = sigmoid_focal_loss(heat, truth, reduction="none").sum(1)
+        loss = sigmoid_focal_loss(heat, truth, alpha, gamma, reduction="none").sum(1)
         total = total + (loss / truth.sum(1).clamp(min=1)).sum()
     return total / len(out["heats"])
 

@@ -18,8 +18,8 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from scipy.ndimage import distance_transform_edt
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt, maximum_filter
 
 from common.config import UserError, write_text
 
@@ -54,7 +54,7 @@ def overlay(image, mask, colour=PREDICTION, alpha=0.45):
     if mask.shape != image.shape[:2]:
         raise ValueError(f"a mask of {mask.shape} does not lie on an image of {image.shape[:2]}")
     width = 2 * max(1, round(max(mask.shape) / 200)) + 1
-    grown = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(width))) > 0
+    grown = maximum_filter(mask.view(np.uint8), width, mode="constant") > 0  # row by row: quick at any width
     out = image.copy()
     out[mask] = np.round(image[mask] * (1.0 - alpha) + np.array(colour, float) * alpha).astype(np.uint8)
     out[grown & ~mask] = colour

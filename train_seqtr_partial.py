@@ -4,7 +4,7 @@ Box and mask are sequences of coordinates from one vocabulary: two corners, or N
 (`rec`) learns contours from the masks of a few objects (`res`), contours for all other sentences are predicted and those
 that fit their box are kept (`pseudo`), and the model of boxes learns contours again, from both (`retrain`).
 
-    python train_seqtr_partial.py --yaml yaml/seqtr_partial_refshapes.yaml --ratio 10     embedded data, two CPU cores
+    python train_seqtr_partial.py --yaml yaml/seqtr_partial_refshapes.yaml --rows         embedded data, two CPU cores, Table 2
     torchrun --nproc_per_node 4 train_seqtr_partial.py                                    the paper's setting, 10 % of RefCOCO
     python train_seqtr_partial.py --ratio 1 --cctf off --pmca off                         Tables 1 and 2, the baseline
     python train_seqtr_partial.py --ratio 1 --rec-from runs/…/rec/best.pt --threshold inf Table 4, no selection
@@ -102,7 +102,8 @@ def get_parser():
     add("--retrain-from", choices=("rec", "res"), default="rec", help="the weights that `retrain` begins with")
     add = parser.add_argument_group("input").add_argument
     add("--size", type=int, default=640, help="side of the square input, a multiple of 32; Sec. 4.2")
-    add("--max-words", type=int, default=15, help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.2. 0: blind to the sentence, a control")
+    add("--max-words", type=int, default=15,
+        help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.2. 0: blind to the sentence, a control")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
     add("--jitter", type=float, nargs=2, default=[0.3, 1.4], metavar=("LOW", "HIGH"),
         help="large-scale jitter, needs one expression an image; `1 1`: none")
@@ -228,9 +229,9 @@ class SeqTR(nn.Module):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
         # each layer begins close to the identity; only the first of the decoder looks at the cells with full strength
-        quiet = [layer.feed_forward[-1] for layer in (*self.encoder, *self.decoder)] + [layer.attention.out for layer in self.encoder]
-        quiet += [layer.own.out for layer in self.decoder] + [layer.cross.out for layer in self.decoder[1:]]
-        for layer in quiet:
+        quiet = [layer.feed_forward[-1] for layer in (*self.encoder, *self.decoder)]
+        quiet += [layer.attention.out for layer in self.encoder] + [layer.own.out for layer in self.decoder]
+        for layer in quiet + [layer.cross.out for layer in self.decoder[1:]]:
             layer.weight.data *= 0.1
         with torch.no_grad():  # bins that lie together begin alike, as what is read and as what is said
             waves = bin_waves(args.bins, args.dim)
@@ -863,8 +864,9 @@ class stop_signal:
 # ---- main ---------------------------------------------------------------------------------------------------
 
 def transfer(model, begun, path, args):
-    """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images. PMCA's
-    may be missing, and of another number of points as many places are taken as there are. Raises UserError where the rest differs."""
+    """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images.
+    PMCA's may be missing, and of another number of points as many places are taken as there are. Raises UserError where the
+    rest differs."""
     if "coordinates.weight" not in begun["model"]:
         raise UserError(f"{path} was made by {begun['script']}.py and holds no SeqTR.")
     shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "bins")

@@ -1,4 +1,4 @@
-"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth, attention and DETR's encoder layer.
+"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth, attention, DETR's encoder layer.
 
 GroupNorm (Wu & He, 2018) instead of BatchNorm, so that a sample's result never depends on its batch.
 """
@@ -48,8 +48,8 @@ def coordinates(height, width, like):
 
 
 def sine(place, dim, waves=1.0, temperature=10000.0):
-    """Sines and cosines (..., n, dim) in turn of places (..., n) in shares of a side, DETR's: the fastest has `waves` waves over the
-    side, the others up to `temperature` times slower. `dim` must be even."""
+    """Sines and cosines (..., n, dim) in turn of places (..., n) in shares of a side, DETR's: the fastest has `waves` waves over
+    the side, the others are up to `temperature` times slower. `dim` must be even."""
     period = temperature ** (torch.arange(dim // 2, device=place.device) * 2 / dim)
     angle = place[..., None] * 2 * math.pi * waves / period
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)

@@ -54,9 +54,9 @@ def get_parser():
     parser.add_argument("--pixels", choices=("auto", "half", "imagenet"), default="auto",
                         help="vit: the pixel normalisation the file was trained with, 0.5 or ImageNet's mean and std")
     parser.switch(None, "leaky-init", False, "darknet: accept weights trained on RefCOCO's val and test images")
-    parser.switch(None, "coco-minus", False, "darknet: a detector trained on COCO without RefCOCO's val and test; seqtr: begun with it "
-                  "and not pre-trained on other corpora")
-    parser.add_argument("--words", default="", metavar="FILE", help="seqtr: the token_to_ix.pkl (or .json) that it was trained with")
+    parser.switch(None, "coco-minus", False, "darknet: a detector trained on COCO without RefCOCO's val and test; seqtr: begun with "
+                  "it and not pre-trained on other corpora")
+    parser.add_argument("--words", default="", metavar="FILE", help="seqtr: the token_to_ix.pkl or .json that it was trained with")
     parser.add_argument("--dataset", default="", help="seqtr: the corpus it was trained on, as it is called here, such as refcoco")
     return parser
 
@@ -215,7 +215,8 @@ def convert_seqtr(path, args):
     state = read_state(path, ("ema_state_dict", "state_dict"))
     if any(name.startswith("head.task_embedding") for name in state):
         raise UserError(f"{path} is a multi-task SeqTR, which says a box before every contour; there is no such model here.")
-    places, table = (state.get(f"head.transformer.{name}.weight") for name in ("seq_positional_encoding.embedding", "query_embedding"))
+    places, table = (state.get(f"head.transformer.{name}.weight")
+                     for name in ("seq_positional_encoding.embedding", "query_embedding"))
     if places is None or table is None or places.ndim != 2 or len(places) % 2 == 0 or len(places) < 5 or table.shape != (1001, 256):
         raise UserError(f"{path} is no SeqTR with the names of its code; it begins with {_begin(state)}.")
     entries = read_words(args.words)

@@ -138,7 +138,8 @@ def their_logits(state, image, words, size, tokens):
     for i in range(3):
         name = f"head.transformer.decoder.layers.{i}"
         x = norm(f"{name}.norm1", x + attention(f"{name}.self_attn", x + place, x + place, x, later))
-        x = norm(f"{name}.norm2", x + attention(f"{name}.multihead_attn", x + place, memory + position, memory, hidden.expand(len(x), -1)))
+        seen = attention(f"{name}.multihead_attn", x + place, memory + position, memory, hidden.expand(len(x), -1))
+        x = norm(f"{name}.norm2", x + seen)
         x = norm(f"{name}.norm3", x + linear(f"{name}.linear2", linear(f"{name}.linear1", x).relu()))
     x = norm("head.transformer.decoder.norm", x)
     return linear("head.predictor.2.fc", linear("head.predictor.1.fc", linear("head.predictor.0.fc", x).relu()).relu())
@@ -172,7 +173,8 @@ def test_converted_seqtr_is_theirs(monkeypatch, tmp_path, capsys, state):
     encode, canvas = script.frontend(settings, vocabulary)
     assert encode(TEXT) == [3, 4, 5, 6]
     generator = torch.Generator().manual_seed(1)
-    picture, tokens = torch.randint(0, 256, (3, 40, 96), generator=generator, dtype=torch.uint8), torch.tensor([0, 999, 400, 17, 1000])
+    picture = torch.randint(0, 256, (3, 40, 96), generator=generator, dtype=torch.uint8)
+    tokens = torch.tensor([0, 999, 400, 17, 1000])
     images = torch.tensor(canvas.fill, dtype=torch.uint8)[:, None, None].repeat(1, 1, 96, 96)
     images[0, :, :40] = picture
     words = torch.tensor([[3, 4, 5, 6]])
@@ -211,13 +213,16 @@ def test_released_targets():
     points = torch.tensor([[0.0, 0], [96, 40], [50.05, 39.99]])
     tokens = partial_res.quantise(points.numpy(), (96, 40), 1000, released=True)
     assert tokens.tolist() == [[0, 0], [999, 625], [521, 624]]
-    back = partial_res.dequantise(torch.from_numpy(tokens).flatten()[None], partial_res.token_frame(torch.tensor([[96, 40]]), True), 1000)
+    size = partial_res.token_frame(torch.tensor([[96, 40]]), True)
+    back = partial_res.dequantise(torch.from_numpy(tokens).flatten()[None], size, 1000)
     assert (back[0] - points).abs().max() <= 96 / 1000 + 1e-3
 
 
 @pytest.mark.parametrize("change, flags, sentence", [
-    ({"head.task_embedding.weight": torch.zeros(2, 256)}, [], "multi-task"), ({"head.new.weight": torch.zeros(2)}, [], "unknown names"),
-    ({"fusion.top_project.1.bn.bias": None}, [], "lack merge3.1.bn.bias"), ({}, ["--leaky-init", "--coco-minus"], "training images"),
+    ({"head.task_embedding.weight": torch.zeros(2, 256)}, [], "multi-task"),
+    ({"head.new.weight": torch.zeros(2)}, [], "unknown names"),
+    ({"fusion.top_project.1.bn.bias": None}, [], "lack merge3.1.bn.bias"),
+    ({}, ["--leaky-init", "--coco-minus"], "training images"),
     ({"head.transformer.query_embedding.weight": torch.zeros(9, 256)}, [], "no SeqTR"),
     ({"lan_enc.embedding.weight": torch.zeros(9, 300)}, [], "different corpora"), ("words", [], "no numbering of words")])
 def test_what_does_not_fit(monkeypatch, tmp_path, state, change, flags, sentence):
@@ -231,7 +236,8 @@ def test_what_does_not_fit(monkeypatch, tmp_path, state, change, flags, sentence
 def test_averaged_weights_go_first(tmp_path):
     """As their program saves them: with an optimiser, `module.` before each name, averaged weights beside the last ones."""
     path = tmp_path / "det_best.pth"
-    torch.save({"epoch": 3, "lr": 1e-4, "state_dict": {"module.a": torch.zeros(2)}, "ema_state_dict": {"module.a": torch.ones(2)}}, path)
+    torch.save({"epoch": 3, "lr": 1e-4, "state_dict": {"module.a": torch.zeros(2)}, "ema_state_dict": {"module.a": torch.ones(2)}},
+               path)
     keys = ("ema_state_dict", "state_dict")
     assert weights.read_state(path, keys)["a"].tolist() == [1, 1] and weights.read_state(path)["a"].tolist() == [0, 0]
     (tmp_path / "ix.json").write_text(json.dumps(WORDS))

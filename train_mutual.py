@@ -6,7 +6,7 @@ writes sentences for images that nobody described, from which the first learns o
 
     python train_mutual.py --yaml yaml/mutual_refshapes.yaml     embedded data, two CPU cores, nothing to download
     torchrun --nproc_per_node 8 train_mutual.py                  the paper's setting on RefCOCO, all stages
-    python train_mutual.py --stage 2 rb --reuse RUN --reward unambiguity     Table 5 (a) on another run's step 1
+    python train_mutual.py --stage 2 --reuse RUN --reward unambiguity        Table 5 (a) on another run's step 1
     python train_mutual.py --dataset refcocog_google --max-words 30 --no-gsup   RefCOCOg's REG (App. A); RES: refcocog_umd
 
 Stages, each in a folder of its own below the run's; a chain goes on from what is there:

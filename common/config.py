@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -19,7 +20,7 @@ if not hasattr(yaml, "safe_load"):  # the folder yaml/ is importable as a namesp
     sys.exit("error: PyYAML is not installed; run `pip install -r requirements.txt`.")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 17
 LOST = {  # how torch words the loss of another process, wherever this one just was
     "DataLoader ": "a process that reads the pictures died (of too little memory?) or hangs (on its disk?); go on with --resume, with "
                    "fewer --workers if it happens again",
@@ -169,6 +170,15 @@ def _changed_name(parser, before, args):
     return "_".join(parts).replace("/", "-") or "base"
 
 
+def _values(node, known):
+    """How many values a yaml node stands for, its aliases written out; without end where it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_values(part, known) for part in inner))
+    return known[id(node)]
+
+
 def load_yaml(path):
     """A mapping from a yaml file, looked up in the working directory and then in the repository.
 
@@ -183,11 +193,13 @@ def load_yaml(path):
     try:
         text = found.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node and _values(node, {}) > MAX_YAML_BYTES:  # a dozen aliases of each other can stand for billions
+            raise ValueError("its aliases repeat each other beyond measure")
         keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         mapping = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid yaml: {' '.join(str(error).split())}.") from None
-    twice = next((key for key in keys if keys.count(key) > 1), None)
+    twice = next((key for key, count in Counter(keys).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{path} sets {twice!r} twice.")
     if not isinstance(mapping or {}, dict):

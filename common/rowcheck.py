@@ -44,14 +44,20 @@ class Command:
     stage: str
     needed: tuple = ()  # (row, Command)
 
+    def place(self, root):
+        """Its folder, the same for equal commands; the run lies in its `run`."""
+        return root / f"row_{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+
 
 def check(rows, jobs):
     """Check (table, row) pairs, at most `jobs` at a time; print a line for each and return the exit status, 1 where one fails."""
     pairs = [(table, row, pair_of(table, row)) for table, row in rows]
     commands = list(dict.fromkeys(command for _, _, pair in pairs for command in pair))
+    first = list(dict.fromkeys(other for command in commands for _, other in command.needed))  # once for all rows that need it
     with tempfile.TemporaryDirectory(prefix="rowcheck") as folder:
-        make_corpora(Path(folder), {command.dataset for command in commands})
-        seen = observe_all(Path(folder), commands, jobs)
+        make_corpora(Path(folder), {command.dataset for command in first + commands})
+        seen = observe_all(Path(folder), first, jobs)
+        seen |= observe_all(Path(folder), [command for command in commands if command not in seen], jobs)
     failed = 0
     for table, row, pair in pairs:
         what = f"{table.name:22} {row.name:24}"
@@ -90,8 +96,8 @@ def command_of(table, row, dataset, more):
                    *dict.fromkeys(c.split for c in columns if c.on == corpus), *(table.scoring(row, dataset) or []))
                   for corpus in dict.fromkeys(c.on for c in columns))
     names = dict.fromkeys(of.name for of in [*table.needs(base, dataset), *table.needs(row, dataset)] if of is not base)
-    needed = tuple((name, command_of(table, table.row(name), dataset, more)) for name in names)
-    return Command(table.script_path(), base.trained_on.get(dataset, dataset), (*table.words(base, dataset), *more, *TINY),
+    needed = tuple((name, dataclasses.replace(command_of(table, table.row(name), dataset, more), evals=())) for name in names)
+    return Command(table.script_path(), base.trained_on.get(dataset, dataset), (*table.words(base, dataset), *TINY, *more),
                    evals, row.stage, needed)
 
 
@@ -105,17 +111,16 @@ def make_corpora(folder, names):
 
 
 def observe_all(folder, commands, jobs):
-    """{command: what `observe` wrote}."""
+    """{command: what `observe` wrote} of commands whose needed ones have been observed."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(REPOSITORY))
     for module in ("scipy.stats", "skimage.segmentation", "torchvision.ops", "eval"):
         importlib.import_module(module)  # once here, or every child reads them anew
-    context, waiting, running = multiprocessing.get_context("fork"), list(enumerate(commands)), {}
+    context, waiting, running = multiprocessing.get_context("fork"), list(commands), {}
     bar = tqdm(total=len(commands), desc="rows", disable=None)
     while waiting or running:
         while waiting and len(running) < jobs:
-            number, command = waiting.pop(0)
-            process = context.Process(target=observe, args=(folder, folder / f"row{number}", command))
+            process = context.Process(target=observe, args=(folder, waiting.pop(0)))
             process.start()
             running[process.sentinel] = process
         for sentinel in multiprocessing.connection.wait(list(running)):
@@ -123,23 +128,24 @@ def observe_all(folder, commands, jobs):
             bar.update()
     bar.close()
     seen = {}
-    for number, command in enumerate(commands):
-        file = folder / f"row{number}" / "seen.json"
+    for command in commands:
+        file = command.place(folder) / "seen.json"
         seen[command] = json.loads(file.read_text()) if file.is_file() else {"fault": "its process died"}
     return seen
 
 
 # ---- in the process of a row --------------------------------------------------------------------------------
 
-def observe(root, folder, command):
-    """Run a command below `folder` and write what was seen of it to <folder>/seen.json; root: where the corpora lie."""
+def observe(root, command):
+    """Run a command and write what was seen of it to seen.json in its folder; root: where the corpora and all runs lie."""
+    folder = command.place(root)
     folder.mkdir()
     os.chdir(folder)
     with open("output.txt", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     try:
-        seen = see(root, folder, command)
+        seen = see(root, folder / "run", command)
     except (UserError, SystemExit) as error:
         seen = {"fault": " ".join(str(error).split())}
     except Exception as error:  # whatever a script does wrong is this row's fault, and the others go on
@@ -148,15 +154,15 @@ def observe(root, folder, command):
     (folder / "seen.json").write_text(json.dumps(seen))
 
 
-def see(root, folder, command):
+def see(root, run, command):
     """{effect: digests}, by watching the functions that every script calls under the same names."""
     from eval import main as evaluate
     script = importlib.import_module(command.script.stem)
-    run = folder / "run"
-    places = {}
-    for name, other in command.needed:
-        places[name] = folder / name
-        train(script, root, places[name], other, places)
+    places = {name: other.place(root) / "run" for name, other in command.needed}
+    for name, place in places.items():
+        fault = json.loads((place.parent / "seen.json").read_text()).get("fault")
+        if fault:
+            raise UserError(f"{name}, which it needs: {fault}")
     seen = {"model": [], "data": [], "decode": []}
     build, load, predict, asked = script.build_model, data.load, metrics.predict, True
 

@@ -138,21 +138,30 @@ def read_checkpoint(path):
     """(state, script, its settings) of a checkpoint. Raises UserError where it is none."""
     state = checkpoint.load(path)
     script = load_script(state["script"])
-    missing = [key for key in ("args", "vocabulary", "model") if key not in state]
+    missing = [key for key in ("args", "vocabulary", "model", "step") if key not in state]
     if missing or not isinstance(state["args"], dict):
         raise UserError(f"{path} lacks {', '.join(missing) or 'its settings'}; it is no checkpoint of {state['script']}.py.")
     settings = script.get_parser().parse_args([])
-    unknown = sorted(set(state["args"]) - set(vars(settings)))
+    unknown = sorted(map(str, set(state["args"]) - set(vars(settings))))
     if unknown:
         raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
+    for key, default in vars(settings).items():
+        value = state["args"].get(key, default)
+        same = isinstance(value, (int, float)) and type(value) is not bool if type(default) is float else type(value) is type(default)
+        if default is not None and not same:
+            raise UserError(f"{path} was made with --{key.replace('_', '-')} {value!r:.40}, which is no {type(default).__name__}.")
     vars(settings).update(state["args"])
     return state, script, settings
 
 
 def build(path, state, script, settings, device):
     """(model on `device`, vocabulary) of a checkpoint that `read_checkpoint` read."""
-    vocabulary = script.make_vocabulary(state["vocabulary"])
-    model = script.build_model(settings, vocabulary)
+    try:
+        vocabulary = script.make_vocabulary(state["vocabulary"])
+        model = script.build_model(settings, vocabulary)
+    except Exception as error:  # what another program wrote into the settings may raise nearly anything
+        reason = " ".join(f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}".split())
+        raise UserError(f"{path} holds settings or a vocabulary from which {script.__name__}.py builds no model ({reason:.200}).") from error
     checkpoint.load_model(model, state, path)
     return model.to(device).eval(), vocabulary
 
@@ -421,7 +430,7 @@ def write_report(args, path, script, settings, model, device, scored, other=None
     }
     curves = {title: curve for title, curve in curves.items() if any(curve["series"].values())}
     environment = path.parent / "env.txt"
-    made = environment.read_text(encoding="utf-8") if environment.is_file() else ""
+    made = environment.read_text(encoding="utf-8", errors="replace") if environment.is_file() else ""
     warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}
     target = path.parent / ("report_reg.html" if reg_ else "report.html")
     pictures.report(target, title=f"{script.__name__}: {path.parent.name} on {settings.dataset}", settings=vars(settings),

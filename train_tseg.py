@@ -315,7 +315,7 @@ def make_targets(example, args, widest):
 
 def string_number(text):
     """A signed 64-bit number of a string, the same for the same words in the same order."""
-    digest = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(" ".join(text.lower().split()).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -117,22 +117,25 @@ class Log:
     def truncate(self, step):
         """Drop the lines that an interrupted run wrote after the checkpoint of `step`, which will be written again."""
         if self.main and self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            kept = [line for line in _lines(self.path) if _record(line).get("step", float("inf")) <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def read_log(folder):
-    """The records of log.jsonl, oldest first; a line cut by a kill is skipped."""
+    """The records of log.jsonl, {name: number}, oldest first; a line cut by a kill is skipped, and what is no number."""
     path = Path(folder) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+    return [record for record in map(_record, _lines(path) if path.exists() else []) if "step" in record]
 
 
-def _step_of(line):
+def _lines(path):
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _record(line):
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return {name: value for name, value in json.loads(line).items() if isinstance(value, (int, float))}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _line(numbers):

@@ -129,9 +129,13 @@ METHODS = {  # script, its paper's network without weight files, a smaller one f
 }
 
 
-def build(method, toy):
-    """(script, model, vocabulary size, an image as its canvas holds one of 640x480) of a paper's network, untrained."""
-    script, flags, small = METHODS[method]
+def build(method, toy, flags=None):
+    """(script, model, vocabulary size, an image as its canvas holds one of 640x480) of a paper's network, untrained.
+
+    flags: other ones than those of METHODS, which has some networks smaller than their papers'.
+    """
+    script, own, small = METHODS[method]
+    flags = own if flags is None else flags
     known = vars(script.get_parser().parse_args([]))
     flags = [word for flag, value in (("weights", "none"), ("text-weights", "none"), ("bert-weights", "none"), ("embeddings", "random"))
              if flag.replace("-", "_") in known for word in (f"--{flag}", value)] + (small if toy else flags)

@@ -59,7 +59,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import captions, checkpoint, data, distributed, metrics, reg, runlog
-from common.backbones import load_weights, read_torch
+from common.backbones import Small, load_weights, read_torch
 from common.config import UserError, base_parser, parse, run, write_text
 from common.language import Bert
 from common.layers import normalise
@@ -209,7 +209,8 @@ class Mutual(nn.Module):
         if args.dim % args.heads or args.bert_dim % args.bert_heads:
             raise UserError("--heads must divide --dim, and --bert-heads --bert-dim.")
         self.use, self.stage = args, args.stage[-1]
-        self.extractor = Mask2Former(args.backbone, args.classes, args.queries, args.dim, args.heads, args.encoder_layers,
+        backbone = Small(24, (1, 2, 3, 1)) if args.backbone == "small" else args.backbone  # as LTS' small one, and stride 32
+        self.extractor = Mask2Former(backbone, args.classes, args.queries, args.dim, args.heads, args.encoder_layers,
                                      args.decoder_layers, args.encoder_ffn, args.ffn, args.checkpoint_encoder)
         self.selector = SelectionHead(args, len(vocabulary)) if args.tasks != "reg" else None
         self.generator = GenerationHead(args, vocabulary) if args.tasks != "res" else None

@@ -354,6 +354,25 @@ def test_a_few_steps_learn():
     assert (found == tokens).float().mean() > 0.9
 
 
+def test_first_values_let_it_locate():
+    """A cell is marked, and where it is must be found: within 100 steps. Torch's own first values would still guess (log 4)."""
+    _, model = build("--stage", "rec", "--dim", "32", "--text-dim", "32", "--waves", "2")
+    optimizer, generator, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1), []
+    for _ in range(100):
+        cell = torch.randint(0, 16, (32,), generator=generator)
+        visual = torch.randn(32, 32, 4, 4, generator=generator)
+        visual.flatten(2)[torch.arange(32), :8, cell] += 3
+        tokens = torch.stack([cell % 4, cell // 4, cell % 4 + 1, cell // 4 + 1], 1) * 8 - torch.tensor([0, 0, 1, 1])
+        memory = model.encode((visual, torch.full((32, 2), 64.0)), torch.arange(32), torch.full((32, 3), 4))
+        loss = F.cross_entropy(model.decode(memory, tokens)[:, :2].flatten(0, 1), tokens[:, :2].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.75 * math.log(4)
+
+
 def test_average():
     """Begins equal to the weights, follows them, and takes buffers of whole numbers over."""
     model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)

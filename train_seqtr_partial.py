@@ -265,7 +265,7 @@ class SeqTR(nn.Module):
         size = size[image_of]
         if self.released:  # the GRU reads on over padding, up to the longest sentence
             known = text != 0
-            padded = F.pad(text, (0, self.max_words - text.shape[1]))
+            padded = F.pad(text, (0, max(0, self.max_words - text.shape[1])))
             states = self.language.gru(self.language.embedding(padded))[0][:, :text.shape[1]]
         else:
             states, known = self.language(text)
@@ -274,10 +274,9 @@ class SeqTR(nn.Module):
         x = self.project(fused)
         h, w = x.shape[2:]
         stride = self.strides[-1]
-        u = (torch.arange(w, device=x.device) + 0.5) * stride / size[:, :1]                  # (E, w), shares of the width
-        v = (torch.arange(h, device=x.device) + 0.5) * stride / size[:, 1:]                  # (E, h)
-        # a cell belongs to the image where its near edge does
-        valid_x, valid_y = (u - 0.5 * stride / size[:, :1] < 1 - 1e-4), (v - 0.5 * stride / size[:, 1:] < 1 - 1e-4)
+        column, row = (torch.arange(side, device=x.device) for side in (w, h))
+        u, v = (column + 0.5) * stride / size[:, :1], (row + 0.5) * stride / size[:, 1:]     # (E, w), (E, h), shares of the sides
+        valid_x, valid_y = column * stride < size[:, :1], row * stride < size[:, 1:]         # where the near edge is the image's
         visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, S)
         place = [valid.cumsum(1) / valid.sum(1, keepdim=True) for valid in (valid_x, valid_y)] if self.released else [u, v]
         x_wave, y_wave = (sine(of_axis, x.shape[1] // 2, self.waves) for of_axis in place)
@@ -944,14 +943,16 @@ def print_stages(args, folder):
     """One table of what the stages reached, from the files that they left."""
     whole = f"--cctf {args.cctf} --pmca {args.pmca}" if "off" in (args.cctf, args.pmca) else "+ CCTF + PMCA"
     labels = {"rec": "boxes", "baseline": "baseline", "cctf": "+ CCTF", "res": whole, "retrain": "+ retraining"}
-    print(f"{'stage':10}{'':26}{'split':>8}{'REC@0.5':>9}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}   {folder}")
+    print(f"{'stage':10}{'':26}{'split':>8}{'REC@0.5':>9}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}{'minutes':>9}   {folder}")
     for stage, label in labels.items():
+        seconds = [math.nan, *(record["seconds"] for record in runlog.read_log(folder / stage) if "seconds" in record)]
         for split in args.eval_splits:
             path = folder / stage / "eval" / f"{args.dataset}_{split}.json"
             if path.is_file():
                 summary = read_json(path)
-                cells = [f"{summary[key]:>8.2f}" for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9") if stage != "rec"]
-                print(f"{stage:10}{label:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(cells))
+                cells = ["-" if stage == "rec" else f"{summary[key]:.2f}" for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9")]
+                print(f"{stage:10}{label:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(f"{cell:>8}" for cell in cells)
+                      + f"{seconds[-1] / 60:>9.1f}")
         if stage == "res" and (folder / "pseudo" / "masks.json").is_file():
             values = np.array([label["D"] for label in read_json(folder / "pseudo" / "masks.json")["labels"]])
             print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")

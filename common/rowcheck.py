@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def check(rows, jobs):
     """Check (table, row) pairs, at most `jobs` at a time; print a line for each and return the exit status, 1 where one fails."""
     pairs = [(table, row, pair_of(table, row)) for table, row in rows]
     commands = list(dict.fromkeys(command for _, _, pair in pairs for command in pair))
-    first = list(dict.fromkeys(other for command in commands for _, other in command.needed))  # once for all rows that need it
+    first = list(dict.fromkeys(other for command in commands for _, other in command.needed))  # once for all who need it
     with tempfile.TemporaryDirectory(prefix="rowcheck") as folder:
         make_corpora(Path(folder), {command.dataset for command in first + commands})
         seen = observe_all(Path(folder), first, jobs)
@@ -67,7 +68,8 @@ def check(rows, jobs):
         fault = fault_of(row, *(seen[command] for command in pair))
         failed += bool(fault)
         print(f"{'FAIL' if fault else 'PASS'}  {what} {row.effect:7} against {row.ablates}" + (f": {fault}" if fault else ""))
-    print(f"{len(pairs)} rows, {sum(bool(pair) for *_, pair in pairs)} compared, {failed} failed")
+    print(f"{len(pairs)} rows, {sum(bool(pair) for *_, pair in pairs)} compared, {failed} failed; {len(seen)} processes took "
+          f"{sum(found.get('seconds', 0) for found in seen.values()):.0f} s of processor time")
     return 1 if failed else 0
 
 
@@ -151,7 +153,7 @@ def observe(root, command):
     except Exception as error:  # whatever a script does wrong is this row's fault, and the others go on
         last = traceback.extract_tb(error.__traceback__)[-1]
         seen = {"fault": f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}: {error}"}
-    (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / "seen.json").write_text(json.dumps(seen | {"seconds": time.process_time()}))
 
 
 def see(root, run, command):

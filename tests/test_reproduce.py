@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from common import tables
+from common import sidebyside, tables
 from common.config import UserError
 from tests.conftest import REPOSITORY, TINY, command
 
@@ -98,7 +98,8 @@ def test_rows_fail_alone_and_what_is_done_stays_done(write, tmp_path):
     # other settings: the old results are neither shown nor lost, and their folder is kept
     write(lambda table: table["rows"][0].update(flags="--gain 4"))
     changed = reproduce(path, "--rows", "full", cwd=tmp_path)
-    assert re.search(r"full +1 +54.00", changed.stdout) and "(6 results made with other settings are not shown)" in changed.stdout
+    assert re.search(r"full +1 +54.00", changed.stdout)
+    assert "(6 results made with other settings are not shown)" in changed.stdout
     assert len(tables.load_results(tables.results_path(path))) == 9
     assert len(list((tmp_path / "runs/tables/fake/corpus").glob("full_s0_*/best.pt"))) == 1
 
@@ -172,8 +173,8 @@ def test_dry_run_prints_the_commands(write, tmp_path):
     done = reproduce(path, "--dry-run", "--launcher", "torchrun --nproc_per_node 4", "--flags=--amp bf16", cwd=tmp_path)
     run, end = "runs/tables/fake/corpus/full_s0", "--dataset moon --data-root data --split test"
     assert done.stdout.splitlines() == [
-        f"torchrun --nproc_per_node 4 -- {tmp_path}/train_fake.py --gain 3 --amp bf16 --dataset corpus --data-root data --seed 0 "
-        f"--out {run} --eval-splits val --resume",
+        f"torchrun --nproc_per_node 4 -- {tmp_path}/train_fake.py --gain 3 --amp bf16 --dataset corpus --data-root data "
+        f"--seed 0 --out {run} --eval-splits val --resume",
         f"torchrun --nproc_per_node 4 -- eval.py --run {run} {end}",
         f"torchrun --nproc_per_node 4 -- eval.py --run {run}/last --split val --crf unary",
         f"torchrun --nproc_per_node 4 -- eval.py --run {run}/last {end} --crf unary"]
@@ -212,9 +213,10 @@ def test_format(write, change, message):
 
 @pytest.mark.parametrize("differences, published, expected", [
     ([-2.0, -2.5, -2.2], -1.0, "yes"), ([-2.0, -2.5, -2.2], 1.0, "no"), ([-2.0, 2.5, 0.1], 1.0, "cannot tell"),
-    ([-2.0], -1.0, "one seed"), ([], -1.0, ""), ([-2.0, -2.1], None, ""), ([1.0, 1.0], 1.0, "yes"), ([0.0, 0.0], 1.0, "cannot tell")])
+    ([-2.0], -1.0, "one seed"), ([], -1.0, ""), ([-2.0, -2.1], None, ""), ([1.0, 1.0], 1.0, "yes"),
+    ([0.0, 0.0], 1.0, "cannot tell")])
 def test_verdict(differences, published, expected):
-    assert tables.verdict(differences, published) == expected
+    assert sidebyside.verdict(differences, published) == expected
 
 
 def test_check_fails_where_a_flag_does_nothing(tmp_path):

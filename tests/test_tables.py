@@ -6,7 +6,8 @@ import pytest
 
 from common import tables
 from common.config import parse
-from common.reproduce import Job, Plan, get_parser
+from common.plans import Job, Plan
+from common.reproduce import get_parser
 from tests.conftest import REPOSITORY, command
 
 FILES = sorted((REPOSITORY / "yaml" / "tables").glob("*.yaml"))

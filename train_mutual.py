@@ -18,9 +18,9 @@ Stages, each in a folder of its own below the run's; a chain goes on from what i
   rb         a selection head of its own on step 1's frozen extractor, the listener of Rb-Acc
 
 Where the paper is silent
-  target     the proposal k of a sentence is the one that Mask2Former's matching gives its object (last layer, with class, among
-             all objects of the image). In stages 2, generate, rb and in testing, where labels are not given, matching is class-free
-             on whole masks. More objects than proposals: those that match none teach no head and are described by nothing.
+  target     the proposal k of a sentence is the one that Mask2Former's matching gives its object (last layer, with class,
+             among all objects of the image). In stages 2, generate, rb and in testing, where labels are not given, matching
+             is class-free on whole masks. Of more objects than proposals those left over teach no head and get no sentence.
   losses     L = L_mask2former + L_sel + L_gen, weights 1 (flags); L_sel is cross-entropy over the N proposals, the softmax of
              Eq. 5; L_gen the sum of Eq. 2 over a sentence's pieces. All N proposals take part, there is no score threshold.
   heads      as wide as Mask2Former: C = 256, 8 heads, 2048; post-norm, dropout 0.1. O is what the class and mask heads read.
@@ -74,7 +74,8 @@ YAML = "yaml/mutual.yaml"
 EMBEDDED_YAML = "yaml/mutual_refshapes.yaml"
 make_vocabulary = WordPiece  # what a checkpoint's list of entries becomes again
 STAGES = ("pretrain", "1", "2", "generate", "3", "rb")
-STAGE_OF_TASK = {"res": ("3", "1"), "rec": ("3", "1"), "reg": ("2", "1"), "listener": ("rb",)}  # what eval.py takes, the best first
+# what eval.py takes, the best first
+STAGE_OF_TASK = {"res": ("3", "1"), "rec": ("3", "1"), "reg": ("2", "1"), "listener": ("rb",)}
 TRAINED = {"pretrain": ("extractor",), "1": ("extractor", "selector", "generator"), "2": ("generator",),
            "3": ("extractor", "selector", "generator"), "rb": ("selector",)}
 
@@ -112,8 +113,8 @@ def get_parser():
     add("--weights", default="data/weights/resnet101.pt",
         help="backbone's file that `python -m data_prep.weights` wrote, Microsoft's Swin `.pth`, or `none` to train from nothing")
     add("--official", default="", metavar="PKL",
-        help="Mask2Former of Facebook's model zoo instead of stage pretrain; it has seen RefCOCO's val and test images, so it needs "
-        "--leaky-init")
+        help="Mask2Former of Facebook's model zoo instead of stage pretrain; it has seen RefCOCO's val and test images, so it "
+        "needs --leaky-init")
     add("--bert-weights", default="data/weights/bert_base.pt", help="BERT's file of data_prep.weights, or `none`")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--classes", type=int, default=80, help="object categories of --coco")
@@ -135,7 +136,8 @@ def get_parser():
     ablation = parser.add_argument_group("ablation (Tables 1, 3, 5 to 9, Fig. 5)")
     add = ablation.add_argument
     add("--input", choices=("mask", "box"), default="mask", help="box: the inside of its box is an object's mask; Table 1")
-    add("--tasks", choices=("both", "res", "reg"), default="both", help="what steps 1 and 3 learn; both: `Joint` of Tables 3 and 6")
+    add("--tasks", choices=("both", "res", "reg"), default="both",
+        help="what steps 1 and 3 learn; both: `Joint` of Tables 3 and 6")
     parser.switch(ablation, "e2e", True, "the heads' losses reach the extractor; Tables 3 and 6")
     parser.switch(ablation, "indicator", True, "O + Z(k), Eq. 1; Table 3")
     parser.switch(ablation, "dsup", True, "stage 2 is part of the chain; Table 3")
@@ -150,7 +152,8 @@ def get_parser():
     add("--min-area", type=float, default=1024.0,
         help="instances of the pool kept have a larger area, in pixels; Fig. 5: 0, 1024, 4096")
     add("--pseudo-filter", choices=("area", "random"), default="area", help="keep those, or as many at random; Fig. 5")
-    add("--pseudo-weight", type=float, default=0.1, help="of generated sentences in L_sel; Table 7; 1: Fig. 5 without reweighting")
+    add("--pseudo-weight", type=float, default=0.1,
+        help="of generated sentences in L_sel; Table 7; 1: Fig. 5 without reweighting")
     add("--described", type=float, default=1.0,
         help="share of the train images whose sentences are used; the others join the pool, for corpora whose own is small")
     add("--size", type=int, default=1024, help="the longer side of the image, a multiple of 32; Table 8")
@@ -160,14 +163,16 @@ def get_parser():
     add("--m2f-weight", type=float, default=1.0, help="of Mask2Former's losses in steps 1 and 3")
     add("--sel-weight", type=float, default=1.0, help="of L_sel")
     add("--gen-weight", type=float, default=1.0, help="of L_gen, Eq. 2")
-    add("--schedule", choices=("step", "cosine"), default="step", help="step: lr falls by 10 at each of --lr-drops; never in stage 2")
+    add("--schedule", choices=("step", "cosine"), default="step",
+        help="step: lr falls by 10 at each of --lr-drops; never in stage 2")
     add("--lr-drops", type=float, nargs="*", default=[0.6667, 0.8889], help="shares of the steps; App. B: 60k and 80k of 90k")
     add("--pretrain-lr-drops", type=float, nargs="*", default=[0.8889, 0.9630], help="of pretrain; Mask2Former's")
     add("--warmup", type=float, default=0.0, help="share of the steps in which lr rises from 0")
     add("--backbone-lr", type=float, default=0.1, help="the backbone's rate, as a share of lr; Mask2Former's")
     add("--bert-lr", type=float, default=0.1, help="BERT's, likewise")
     add("--weight-decay", type=float, default=0.05, help="App. B; none on norms and embeddings (Mask2Former)")
-    add("--clip-heads", type=float, default=0.0, help="largest gradient norm of the two heads; --clip is the extractor's; 0: none")
+    add("--clip-heads", type=float, default=0.0,
+        help="largest gradient norm of the two heads; --clip is the extractor's; 0: none")
     return parser
 
 
@@ -178,7 +183,7 @@ def frontend(args, vocabulary):
             (args.size % 32, f"--size {args.size} is not a multiple of 32, the backbone's coarsest stride."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--jitter {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
-            (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: nothing is left to compare with."),
+            (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: there are no others."),
             (not 0 < args.described <= 1, f"--described {args.described:g} is no share: give a number above 0 and at most 1."),
             (min(args.beams, args.hypotheses, args.expressions) < 1, "--beams, --hypotheses and --expressions are at least 1.")):
         if wrong:
@@ -658,7 +663,10 @@ def reward(features, image_of, k, found, args, model, vocabulary, references, df
 # ---- corpora ------------------------------------------------------------------------------------------------
 
 def labelled(dataset, classes):
-    """Give `dataset` the classes 0 … K-1 of its objects, `labels`, by category id. Raises UserError where K is not --classes."""
+    """Give `dataset` the classes 0 … K-1 of its objects, `labels`, and how many an image has, `objects_in`.
+
+    Classes are in the order of category ids. Raises UserError where K is not `classes`.
+    """
     known = {category["id"]: i for i, category in enumerate(sorted(dataset.meta["categories"], key=lambda c: c["id"]))}
     missing = set(dataset.categories.tolist()) - known.keys()
     if len(known) != classes or missing:
@@ -1128,8 +1136,8 @@ def begin(args, model, vocabulary, origin):
             leaky.append(load_weights(extractor.backbone, args.weights, args.leaky_init)["leaky"])
     elif args.official:
         if not args.leaky_init:
-            raise UserError(f"{args.official}: the model zoo's weights were trained on images of RefCOCO's val and test splits; say "
-                            "--leaky-init to start from them all the same, and every result will be marked.")
+            raise UserError(f"{args.official}: the model zoo's weights were trained on images of RefCOCO's val and test splits; "
+                            "say --leaky-init to start from them all the same, and every result will be marked.")
         extractor.load_official(read_detectron_pkl(args.official))
         leaky.append(True)
     else:
@@ -1260,8 +1268,8 @@ def main(argv=None):
     missing = [path for path in wanted if not path.is_file()]
     embedded = args.dataset in data.EMBEDDED and args.coco == "cocoshapes"
     if missing and not embedded:
-        raise UserError(f"{missing[0]} does not exist: prepare it with `python -m data_prep.coco` (see its --help), or run on the "
-                        f"embedded data with `--yaml {EMBEDDED_YAML}`.")
+        raise UserError(f"{missing[0]} does not exist: prepare it with `python -m data_prep.coco` (see its --help), or run on "
+                        f"the embedded data with `--yaml {EMBEDDED_YAML}`.")
     ranks = distributed.start(args.device)
     args.amp = distributed.resolve_amp(args.amp, ranks.device)
     try:
@@ -1280,8 +1288,8 @@ def main(argv=None):
             settings = of_stage(args, stage)
             lacking = next((origin[name] for name in needed(settings) if not origin[name].exists()), None)
             if lacking is not None:
-                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or name a "
-                                "run that has it with --reuse.")
+                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or "
+                                "name a run that has it with --reuse.")
             run_stage(settings, ranks, folder / stage, origin)
         evaluate_stages(args, ranks, folder)
     finally:

@@ -283,7 +283,7 @@ def dots_svg(rows, title, x_label):
                      + _svg_text(at(x), bottom + 15, f"{x:,.6g}", dim, "middle"))
     for i, (label, values, published) in enumerate(rows):
         y = top + step * (i + 0.5)
-        parts.append(_svg_text(left - 8, y + 4, label if len(label) < 24 else label[:22] + "…", "", "end"))
+        parts.append(_svg_text(left - 8, y + 4, label if len(label) < 21 else label[:19] + "…", "", "end"))
         parts += [f'<circle cx="{at(value):.1f}" cy="{y:.1f}" r="3" style="fill:var(--s0,#0b6b75);fill-opacity:.6"/>'
                   for value in values]
         if values:
@@ -618,7 +618,7 @@ th{font-weight:500}th[scope=row],caption{text-align:left}caption{font-weight:600
 th small,td small{display:block;line-height:1.3}
 .scores,.bars{width:100%}.grid th[scope=row]{position:sticky;left:0;background:var(--bg)}.scores td{white-space:nowrap}
 .head td{font-size:1.35rem;font-weight:600;line-height:1.3}.head:first-child td{color:var(--accent)}
-.count{color:var(--dim)}.wide{grid-template-columns:100%!important}
+.sides th{overflow-wrap:normal}.sides th[scope=row]{white-space:nowrap}.count{color:var(--dim)}.wide{grid-template-columns:100%!important}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.6rem 3rem;align-items:start}
 .curves{grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr))}svg{width:100%;max-width:32rem;height:auto}
 .bars td,.bars thead th{text-align:left}.bars td b{font-weight:500}

@@ -49,35 +49,34 @@ def verdict(differences, published):
 
 def blocks(table, dataset, results, all_metrics=True):
     """The table on one corpus: (title, header, lines of cells) for each column; without `all_metrics` its first metric."""
-    embedded, out = dataset in table.embedded, []
+    embedded, out, ablating = dataset in table.embedded, [], any(row.ablates for row in table.rows)
     for column in table.columns_of(dataset):
         lines, metrics = [], column.metrics if all_metrics else column.metrics[:1]
         header = ["row", "seeds"]
         for metric in metrics:
             _, source = published_of(table, table.rows[0], column, metric)
-            header += [metric, f"published, {source.name if source else '-'}"] if embedded else \
-                [metric, "published", "difference"]
-        ablating, head = any(row.ablates for row in table.rows), metrics[0]
-        if ablating:
-            header += ["against", f"{head} measured", "published", "borne out"]
+            header += [metric, "published", "difference"] if not embedded else \
+                [metric, f"published, {source.name}"] if source else [metric]
+            if ablating and metric == metrics[0]:
+                header += ["against", f"{metric} measured", "published", "borne out"]
         for row in table.rows:
             if dataset in row.trained_on:
                 continue
-            label = row.label or row.name
-            first = values_of(results, row, column, head)
-            cells = [label, str(len(first)) if row.built else ""]
+            absent = "not built" if not row.built else "not here" if embedded and not row.embedded else "not run"
+            cells = [row.label or row.name, str(len(values_of(results, row, column, metrics[0]))) if row.built else ""]
             for metric in metrics:
                 measured = list(values_of(results, row, column, metric).values())
-                figure, _ = published_of(table, row, column, metric)
-                absent = "not built" if not row.built else "not here" if embedded and not row.embedded else "not run"
-                cells += [spread(measured) if measured else absent, "-" if figure is None else f"{figure:.2f}"]
+                figure, source = published_of(table, row, column, metric)
+                cells.append(spread(measured) if measured else absent)
+                if source:
+                    cells.append("-" if figure is None else f"{figure:.2f}")
                 if not embedded:
                     cells.append(f"{statistics.fmean(measured) - figure:+.2f}" if measured and figure is not None else "-")
-            if ablating:
-                cells += _against(table, row, column, head, results) if row.ablates else ["", "", "", ""]
+                if ablating and metric == metrics[0]:
+                    cells += _against(table, row, column, metric, results) if row.ablates else ["", "", "", ""]
             lines.append(cells)
-        trained = "" if column.on == dataset else f", trained on {dataset}"
-        out.append((f"{column.name} ({column.on} {column.split}{trained})", header, lines))
+        place = f"{column.on} {column.split}" + ("" if column.on == dataset else f", trained on {dataset}")
+        out.append((place if column.name == f"{column.on} {column.split}" else f"{column.name} ({place})", header, lines))
     return out
 
 
@@ -145,7 +144,7 @@ def as_page(table, datasets, results, curves):
             head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
             body = "".join("<tr>" + f'<th scope="row">{escape(line[0])}</th>'
                            + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:]) + "</tr>" for line in lines)
-            parts.append(f'<h2>{escape(title)}</h2><div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead>'
+            parts.append(f'<h2>{escape(title)}</h2><div class="scroll"><table class="scores sides"><thead><tr>{head}</tr></thead>'
                          f"<tbody>{body}</tbody></table></div>")
             parts.append(f'<div class="grid curves">{"".join(_plots(table, dataset, column, results[dataset]))}</div>')
         made = "".join(f"<li>{escape(line.lstrip('- '))}</li>" for line in _provenance(results[dataset]) if line)

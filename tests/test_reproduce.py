@@ -88,8 +88,7 @@ def test_rows_fail_alone_and_what_is_done_stays_done(write, tmp_path):
                                  "runs/tables/fake/corpus/less_s1 --eval-splits val --resume"]
     assert (entry["machine"], entry["commit"]) == ("3 cores", "abc") and entry["seconds"] > 0
     page = (tmp_path / "runs/tables/fake/table.md").read_text()
-    assert re.search(r"\| less \| 2 \| 51.50 ± 0.71 \| 50.25 \| \+1.25 \| 70.00 ± 0.00 \| 70.00 \| \+0.00 \| full "
-                     r"\| -2.00 ± 0.00 \| -1.25 \| yes \|", page), page
+    assert "| less | 2 | 51.50 ± 0.71 | 50.25 | +1.25 | full | -2.00 ± 0.00 | -1.25 | yes | 70.00 ± 0.00 | 70.00 | +0.00 |" in page
     assert "| theirs |  | not built | 12.34 | - |" in page and "| broken | 0 | not run |" in page
     assert "<svg" in (tmp_path / "runs/tables/fake/table.html").read_text()
     again = reproduce(path, "--seeds", "3", "--rows", "full", "later", cwd=tmp_path)

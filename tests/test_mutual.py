@@ -267,6 +267,10 @@ def test_targets(root):
     assert any(t["count"] < len(inside) for t in seen) and all(t["masks"].flatten(1).any(1).all() for t in seen)
     with pytest.raises(UserError, match="9 categories"):
         mutual.labelled(dataset, 80)
+    bare = prepared | {"objects": [o for o in prepared["objects"] if o["image_id"] != image], "expressions": mutual.blank_sentences(prepared["images"])}
+    bare = mutual.labelled(data.RefDataset(path, lambda text: [1], data.Canvas(64), dataset.targets, prepared=bare), 9)
+    none = bare[(0, 0, bare.of_image[0])]["targets"]
+    assert none["masks"].shape == (0, 64, 64) and none["count"].item() == 0 and none["meant"].tolist() == [-1] and bare.objects_in[0] == 0
 
 
 def test_average_precision_of_the_truth(root):
@@ -414,7 +418,7 @@ def test_overfits_sixteen_images(sixteen):  # noqa: F811
     shutil.copy(sixteen / "cocoshapes" / "train.json", sixteen / "cocoshapes" / "val.json")
     out = sixteen / "run"
     done = command("train_mutual.py", *YAML, "--data-root", sixteen, "--out", out, "--stage", "pretrain", "1", "--flip", "0", "--jitter", "1", "1",
-                   "--jitter-flip", "0", "--pretrain-steps", "600", "--max-steps", "1200", "--eval-every", "100000", "--eval-splits", "val", timeout=3000)
+                   "--jitter-flip", "0", "--size", "160", "--pretrain-steps", "500", "--max-steps", "1500", "--eval-every", "100000", "--eval-splits", "val", timeout=3000)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "1" / "eval" / "refshapes_val.json").read_text())["mIoU"] >= 90
     rows = [json.loads(line) for line in (out / "1" / "eval" / "refshapes_val_reg.jsonl").read_text().splitlines()]

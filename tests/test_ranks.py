@@ -1,13 +1,19 @@
 """Several processes do what one does: the gradient of a step, the scores of an evaluation; and a rank that dies loses nothing."""
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from common import checkpoint
 from tests.children import SCRIPTS, Moment, finish, start, words
+from tests.conftest import REPOSITORY
 from tests.test_faults import assert_unharmed
 
 UNEVEN = ["--batch-size", "5", "--expressions-per-image", "all", "--max-steps", "1", "--clip", "0"]  # 2 images and 3
@@ -68,4 +74,23 @@ def test_dead_rank(shapes, tmp_path, script):
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), running.said
     assert "Traceback" not in running.said and "another rank" in running.said, running.said
     finish(script, words(script, shapes, out, "--resume"), tmp_path / "log", ranks=2)
+    assert_unharmed(out, whole)
+
+
+@pytest.mark.slow
+def test_torchrun(shapes, tmp_path):
+    """The launcher itself: one of its ranks is killed, the job ends, a new job resumes."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finish("train_lts", words("train_lts", shapes, whole), tmp_path / "log", ranks=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_lts.py"]
+    argv = [*launcher, *map(str, words("train_lts", shapes, out))]
+    options = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(argv, **options) as job:
+        while not (out / "last.pt").exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert job.wait(120) != 0
+    assert subprocess.run([*argv, "--resume"], timeout=200, **options).returncode == 0
     assert_unharmed(out, whole)

@@ -1,5 +1,7 @@
-"""The overfitting gate that every method passes: 16 images with their sentences are learnt to at least 90 mIoU. Slow."""
+"""The overfitting gate that every method passes: 16 images with their sentences are learnt to at least 90 mIoU, or to
+95 % of what a method's output can express where that is less than a mask. Slow."""
 import json
+import re
 import shutil
 
 import pytest
@@ -18,12 +20,17 @@ def sixteen(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, yaml, flags", [
-    ("train_lts.py", "yaml/lts_refshapes.yaml", ["--epochs", "500"]),
+@pytest.mark.parametrize("script, yaml, flags, stage, share", [
+    ("train_lts.py", "yaml/lts_refshapes.yaml", ["--epochs", "500"], "", 0.90),
+    ("train_seqtr_partial.py", "yaml/seqtr_partial_refshapes.yaml",
+     ["--ratio", "100", "--rec-epochs", "250", "--epochs", "350"], "res", 0.95),  # of what its polygons allow
 ])
-def test_overfits_sixteen_images(sixteen, script, yaml, flags):
+def test_overfits_sixteen_images(sixteen, script, yaml, flags, stage, share):
     out = sixteen / "run"
     done = command(script, "--yaml", yaml, "--data-root", sixteen, "--out", out, "--flip", "0", "--eval-every", "1000",
                    "--eval-splits", "val", *flags, timeout=1500)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "eval" / "refshapes_val.json").read_text())["mIoU"] >= 90
+    print(done.stdout)
+    bound = re.search(r"points of the true masks reach mIoU ([\d.]+)", done.stdout)
+    reached = json.loads((out / stage / "eval" / "refshapes_val.json").read_text())["mIoU"]
+    assert reached >= share * (float(bound[1]) if bound else 100)

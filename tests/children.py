@@ -32,7 +32,7 @@ SCRIPTS = {  # what makes each script small enough for a test: two epochs, or a 
     "train_pks": [*PKS, *TWO_EPOCHS],
     "train_tseg": [*TSEG, *TWO_EPOCHS],
     "train_seqtr_partial": CHAIN,
-    "train_mutual": [*MUTUAL, *STEPS, *TWO_EPOCHS[2:]],
+    "train_mutual": [*MUTUAL, *STEPS, "--max-steps", "3", *TWO_EPOCHS[2:]],
 }
 MOMENTS = {  # what a process is about to do, and the call that does it
     "data making": "data_prep.refshapes:make_scene", "a step": "common.runlog:Log.step",

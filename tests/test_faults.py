@@ -91,7 +91,8 @@ def test_rotten_checkpoint(unbroken, shapes, tmp_path, script):
     """A flipped bit in the newest last.pt: said aloud, and the run goes on from prev.pt."""
     whole, _ = unbroken(script)
     out = tmp_path / "run"
-    start(script, words(script, shapes, out), tmp_path / "log", hurt=[Moment("common.runlog:Log.step", 4)]).wait()
+    step = 5 if script == "train_mutual" else 4  # the third of a stage, which has saved twice by then
+    start(script, words(script, shapes, out), tmp_path / "log", hurt=[Moment("common.runlog:Log.step", step)]).wait()
     rot(max(out.rglob("last.pt"), key=lambda path: path.stat().st_mtime))
     said = finish(script, words(script, shapes, out, "--resume"), tmp_path / "log")
     assert said.count("Going on from prev.pt") == 1 and "fails the checksum" in said

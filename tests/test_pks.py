@@ -22,7 +22,7 @@ TINY = ["--yaml", "yaml/pks_refshapes.yaml", "--size", "64", "--dim", "16", "--t
 WEAK = [["--weak", "--weak-labels", labels] for labels in train_pks.WEAK_LABELS]
 ROWS = [[], ["--no-kernel"], ["--fusion", "mean"], ["--fusion", "multiply"], ["--fusion", "concat"], ["--steps", "1"],
         ["--steps", "2"], ["--levels", "5"], ["--levels", "3-5"], ["--msf-kernel", "1"], ["--no-scaled-attention"],
-        ["--focal-alpha", "0.5"], ["--focal-gamma", "1"],
+        ["--focal-alpha", "0.25"], ["--focal-gamma", "2"],
         ["--no-kernel", "--fusion", "concat", "--levels", "2-3"], *WEAK, [*WEAK[1], "--no-balanced"],
         [*WEAK[3], "--no-kernel"], [*WEAK[3], "--gcrf-rgb", "unit"]]
 

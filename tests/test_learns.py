@@ -22,6 +22,7 @@ def sixteen(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, yaml, flags, stage, share", [
     ("train_lts.py", "yaml/lts_refshapes.yaml", ["--epochs", "500"], "", 0.90),
+    ("train_pks.py", "yaml/pks_refshapes.yaml", ["--epochs", "350", "--size", "192"], "", 0.90),  # masks have a quarter of that
     ("train_seqtr_partial.py", "yaml/seqtr_partial_refshapes.yaml",
      ["--ratio", "100", "--rec-epochs", "250", "--epochs", "350"], "res", 0.95),  # of what its polygons allow
 ])

@@ -19,8 +19,8 @@ Where the paper is silent
   MSF           the projections are shared by the levels, and every step has its own. phi_F and phi_S are linear (phi_F
                 then commutes with the average), varphi_F is a convolution, GroupNorm and LeakyReLU; its kernel is 1x1,
                 because 3x3 would cost more than the printed 50 hours allow. `--msf-kernel 3` is for small pictures.
-  attention     Eq. 3's product of D numbers is divided by sqrt(D), as in transformers. As printed (`--no-scaled-attention`)
-                the sigmoid saturates: on RefShapes two of four steps end up with no word at all.
+  attention     Eq. 3 as printed. On small pictures its sigmoid saturates; `--scaled-attention` divides the product of D
+                numbers by sqrt(D), as transformers do.
   language      enters by Eq. 4 alone. "mean" replaces the attention by the words' mean, "multiply" and "concat" join
                 that mean to the features first and convolve then (Table IV).
   L_pos         Eq. 9 averages over cells, where one centre among 67,200 cells would vanish beside L_seg; each level's
@@ -93,7 +93,7 @@ def get_parser():
     add("--backbone", choices=("resnet101", "resnet50", "small"), default="resnet101", help="with a pyramid; Sec. V-B")
     add("--weights", default="data/weights/resnet101.pt",
         help="file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
-    parser.switch(model, "scaled-attention", True, "divide Eq. 3's product by sqrt(--dim) before the sigmoid")
+    parser.switch(model, "scaled-attention", False, "divide Eq. 3's product by sqrt(--dim) before the sigmoid")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--embeddings", choices=("glove", "random"), default="glove",
         help="word vectors: data/<dataset>/words.npz from `python -m data_prep.glove`, or trained from nothing")

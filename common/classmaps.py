@@ -195,14 +195,3 @@ def paint(picture, classes, names):
         middle = len(rows) // 2
         pen.text((int(columns[middle]), int(rows[middle])), names[c], "white", font, "mm", stroke_width=1, stroke_fill="black")
     return np.array(image)
-
-
-def save(path, classes):
-    """Write (H,W) uint8 as a PNG with VOC's palette. Raises UserError."""
-    picture = Image.fromarray(classes)
-    picture.putpalette(PALETTE.ravel().tolist())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None

@@ -245,12 +245,17 @@ def dump(args, path):
 
 
 def write_text(path, text):
-    """Write a text file so that a reader sees the old file or the new one, never half of one. Raises UserError."""
+    """Write a text file as UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
+    """Write a file so that a reader sees the old file or the new one, never half of one. Raises UserError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -8,11 +8,13 @@ The format is COCO's: runs go down the columns, background first; the compressed
 number in groups of five bits, least significant first (characters '0' to 'o', the sixth bit says "goes on"), from
 the fourth run on as the difference to the run two before.
 """
+import io
+
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from common.config import UserError
+from common.config import UserError, write_bytes
 
 MAX_PIXELS = 2 ** 28     # of one image: 16,384 x 16,384
 MAX_SIDE = 2 ** 16       # JPEG's own limit; bounds what rasterising a polygon allocates
@@ -227,6 +229,15 @@ def _palette():
 
 
 PALETTE = _palette()
+
+
+def save_map(path, values, palette=False):
+    """Write (H,W) uint8 as a PNG, with VOC's colours if `palette`, whole or not at all. Raises UserError."""
+    picture, buffer = Image.fromarray(values), io.BytesIO()
+    if palette:
+        picture.putpalette(PALETTE.ravel().tolist())
+    picture.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def read_class_map(path, count):

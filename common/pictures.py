@@ -6,13 +6,11 @@ allows one script, known by its digest. Needs numpy, scipy and PIL only.
 """
 import base64
 import colorsys
-import contextlib
 import hashlib
 import html
 import io
 import json
 import math
-import os
 import re
 import textwrap
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, maximum_filter
 
-from common.config import UserError, write_text
+from common.config import UserError, write_bytes, write_text
 
 TRUTH, PREDICTION, OTHER = (38, 166, 91), (232, 93, 36), (64, 120, 224)  # colours of the truth, ours, another run
 GROUPS = ("worst", "middle", "best")
@@ -199,15 +197,7 @@ def save(path, array):
     if kind is None:
         raise UserError(f"cannot write {path}: pictures are .png, .jpg or .webp files.")
     Image.fromarray(_rgb(array)).save(buffer, kind, **({} if kind == "PNG" else {"quality": 92}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}.") from None
+    write_bytes(path, buffer.getvalue())
 
 
 def data_uri(array, quality=80, max_side=360):
@@ -338,10 +328,12 @@ def report(path, *, title, settings, summary, curves, cases, notes=(), command="
 MEANINGS = {"mIoU": "mean of I / U", "oIoU": "sum of I / sum of U", "REC@0.5": "boxes, IoU ≥ 0.5",
             "control": "shuffled sentences", "pointing": "peak inside the mask", "CIDEr": "CIDEr-D, of at most 10",
             "METEOR": "of at most 1", "Rb-Acc": "found again by the listener, percent",
-            "mean_references": "people's sentences an object", "no_proposal": "objects without a proposal"}
+            "mean_references": "people's sentences an object", "no_proposal": "objects without a proposal",
+            "N-acc": "no target: empty mask", "T-acc": "target: mask not empty"}
 HEAD = ("mIoU", "oIoU", "CIDEr", "METEOR", "Rb-Acc")
 COUNTS = ("n", "no_proposal", "images", "seconds")
-TITLES = {"by_kind": "kind of sentence", "by_size": "size of the object", "by_length": "length of the sentence"}
+TITLES = {"by_kind": "kind of sentence", "by_size": "size of the object", "by_length": "length of the sentence",
+          "by_objects": "number of objects meant"}
 
 
 def _scores(summary):

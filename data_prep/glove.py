@@ -7,6 +7,7 @@ data/<dataset>/words.npz: `words`, a sorted array of strings, and `vectors`, flo
 GloVe's file is a word and its numbers, with spaces between; some tokens of glove.840B hold spaces themselves and are
 told apart by their number of fields.
 """
+import io
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import text
-from common.config import Parser, UserError, run
+from common.config import Parser, UserError, run, write_bytes
 from data_prep.check import load_splits
 from data_prep.refcoco import MAX_BYTES, field
 
@@ -84,16 +85,9 @@ def read_glove(path, wanted):
 
 def save_words(path, vectors):
     """Write {word: (D,) float32} as words.npz, sorted, atomically; the same vectors give the same bytes."""
-    path = Path(path)
-    words = sorted(vectors)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, words=np.array(words), vectors=np.stack([vectors[word] for word in words]))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    words, buffer = sorted(vectors), io.BytesIO()
+    np.savez(buffer, words=np.array(words), vectors=np.stack([vectors[word] for word in words]))
+    write_bytes(path, buffer.getvalue())
 
 
 def load_words(path):
@@ -106,7 +100,9 @@ def load_words(path):
         with np.load(path, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; {advice}") from None
+        folder = Path(path).parent
+        raise UserError(f"{path}: there is no such file; `python -m data_prep.glove --glove glove.840B.300d.txt --dataset {folder.name} "
+                        f"--data-root {folder.parent}` makes it, or train the words from nothing with --embeddings random") from None
     except (OSError, KeyError, ValueError, EOFError, MemoryError, SyntaxError, RuntimeError, NotImplementedError,
             struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole words.npz ({type(error).__name__}); {advice}") from None

@@ -108,7 +108,7 @@ def convert(voc, data_root, sbd=None, dataset="voc", image_check=True, classes=C
                 labels = masks.read_class_map(path, len(classes))
             else:
                 labels, path = read_mat(sbd / "cls" / f"{name}.mat", len(classes)), folder / "classes" / f"{name}.png"
-                _save(labels, path)
+                masks.save_map(path, labels)
             photograph = voc / "JPEGImages" / f"{name}.jpg"
             fault = image_error(photograph, labels.shape[::-1]) if image_check else ""
             if fault:
@@ -126,14 +126,6 @@ def convert(voc, data_root, sbd=None, dataset="voc", image_check=True, classes=C
                 "sources": [source(path) for path in files[split]], "counts": counts[split]}
         write_json(folder / f"{split}.json", {"meta": meta, "images": images, "objects": objects, "expressions": expressions})
     return counts
-
-
-def _save(classes, path):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(classes).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def get_parser():

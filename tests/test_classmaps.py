@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import classmaps, data, distributed
+from common import classmaps, data, distributed, masks
 from common.config import UserError
 from data_prep import voc
 
@@ -40,7 +40,7 @@ def corpus(tmp_path_factory):
     classes[13:19] = classes[:, 13:19] = classes[:, 21:27] = 255
     for split, name in (("train", "2007_000001"), ("val", "2007_000002")):
         Image.fromarray(picture).save(root / "JPEGImages" / f"{name}.jpg", quality=100, subsampling=0)
-        classmaps.save(root / "SegmentationClass" / f"{name}.png", classes)
+        masks.save_map(root / "SegmentationClass" / f"{name}.png", classes, palette=True)
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text(f"{name}\n")
     voc.convert(root, root, dataset="colours", classes=tuple(COLOURS))
     return data.RefDataset(root / "colours" / "val.json", lambda word: [COLOURS[word]], data.Canvas(64, squash=True))
@@ -107,6 +107,6 @@ def test_what_is_wrong_is_named(corpus, tmp_path):
     with pytest.raises(UserError, match="--scales"):
         classmaps.views(corpus, [0], False)
     for name, says in (("nowhere.png", "missing"), ("small.png", "1x1 pixels")):
-        classmaps.save(tmp_path / "small.png", np.uint8([[1]]))
+        masks.save_map(tmp_path / "small.png", np.uint8([[1]]))
         with pytest.raises(UserError, match=says):
             corpus.view(class_maps=[str(tmp_path / name)]).class_map(0)

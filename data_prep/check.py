@@ -10,7 +10,7 @@ faults and ends with status 1, or prints "ok". Writes data/<dataset>/check.png: 
 Counts: refs and images as TensorFlow Datasets' ref_coco catalogue lists them; sentences as the LTS and PKS papers
 give them; gRefCOCO's total as its authors do. What no source at hand gives per split is None and is not compared.
 """
-import os
+import io
 import random
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from common import masks
-from common.config import Parser, UserError, run
+from common.config import Parser, UserError, run, write_bytes
 from data_prep.refcoco import check_inside, check_name, field, image_error, parse_json, read_bytes, read_json
 
 # dataset: {split: (images, refs, sentences)}; None: not known
@@ -60,13 +60,13 @@ def published(dataset):
 def load_splits(data_root, dataset):
     """{split: content of data/<dataset>/<split>.json}; UserError if there is none or one is damaged.
 
-    A JSON file with none of the parts of a prepared split is a sidecar and left out.
+    A JSON file with neither images nor expressions is a sidecar (clicks, subsets, a corpus' marker) and left out.
     """
     folder = Path(data_root) / check_name(dataset, "a dataset's name", "--dataset")
     splits = {}
     for path in sorted(folder.glob("*.json")):
         data = read_json(path)
-        if isinstance(data, dict) and not PARTS.keys() & data.keys():
+        if isinstance(data, dict) and not {"images", "expressions"} & data.keys():
             continue
         for part, kind in PARTS.items():
             field(data, part, kind, path)
@@ -294,13 +294,9 @@ def draw_sheet(data_root, dataset, splits, path, columns=4, rows=4, cell=320, se
         text = f"{split} {expression['id']}: {expression['text']}".encode("latin1", "replace").decode("latin1")
         lines = [text[start:start + 52] for start in range(0, min(len(text), 104), 52)]
         ImageDraw.Draw(sheet).multiline_text((x, y + picture.height + 2), "\n".join(lines), fill="black", font=font)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        sheet.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
 
 
 def check(dataset, data_root, pretrain_ids=None, alone=False, image_check=True):

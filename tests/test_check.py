@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from common.config import UserError
-from data_prep import check, glove, refcoco
+from data_prep import check, clicks, glove, refcoco, subsets
 from tests.test_refcoco import NAME, SAMPLES, make_corpus
 
 
@@ -45,6 +45,17 @@ def test_a_good_corpus_passes_and_is_drawn(tmp_path, capsys):
     blue = np.asarray(Image.open(path.parent / "check.png").convert("RGB"))[..., 2].astype(int)
     shares = [(np.abs(blue - level) < 9).mean() for level in (200, 70)]     # the cats, and the dimmed rest
     assert 0.015 < shares[0] < shares[1]
+
+
+def test_sidecars_are_no_splits(tmp_path):
+    """With clicks and subsets beside the splits a corpus is checked, and GloVe's words found, as without them."""
+    args, path = prepared(tmp_path)
+    before = check.load_splits(args["data_root"], "refcoco_tiny").keys()
+    clicks.write_clicks(args["data_root"], "refcoco_tiny", ["train"])
+    subsets.make(args["data_root"], "refcoco_tiny")
+    assert len(list(path.parent.glob("*.json"))) == len(before) + 1 + len(subsets.RATIOS)
+    assert check.load_splits(args["data_root"], "refcoco_tiny").keys() == before and not faults(args)
+    assert glove.words_needed(args["data_root"], "refcoco_tiny")
 
 
 def jpeg_cut_short(args):

@@ -28,14 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from common import checkpoint, classmaps, data, distributed, metrics, pictures, reg, runlog, study
+from common import checkpoint, classmaps, data, distributed, masks, metrics, pictures, reg, runlog, study
 from common.config import REPOSITORY, Parser, UserError, parse, run, write_text
 from common.crf import PRESETS, dense_crf
 from common.text import words
 
 LOST = {"worst": "lost most against the other run", "best": "gained most against the other run"}
+OUT = "prediction.png"
 CASES = 10  # of the worst, the middle and the best each, for every split in the report
 
 
@@ -50,7 +50,7 @@ def get_parser(script=None):
     add("--split", nargs="+", default=["val"], help="splits of the corpus")
     add("--task", choices=("res", "rec", "reg"), default="res", help="masks, or boxes around them as the headline of the output; "
         "reg: sentences for objects")
-    add("--compare", default="", metavar="RUN", help="another run: the difference to it with a 95 % interval (paired "
+    add("--compare", default="", metavar="RUN", help="another run: the difference to it with a 95 %% interval (paired "
         "bootstrap over images), and its predictions beside these in the report")
     add("--limit", type=int, default=0, help="only the first images of the split (named in the file)")
     how = parser.add_argument_group("how")
@@ -83,7 +83,7 @@ def get_parser(script=None):
     add("--image", default="", help="any picture")
     add("--text", nargs="+", default=[], help="one sentence or several")
     parser.switch(own, "describe", False, "instead of --text: say of everything found how to tell it from the rest")
-    add("--out", default="prediction.png", help="the picture with the mask on it")
+    add("--out", default=OUT, help="the picture with the mask on it")
     add = parser.add_argument_group("two people's clicks").add_argument
     add("--score-study", nargs=2, default=None, metavar="FILE", help="the files that a --human-study page saved; needs the "
         "corpus below --data-root and no run")
@@ -303,7 +303,7 @@ def score_class_maps(args, ranks, path, settings, model, state, dataset):
                                  args.crf, args.amp)
     base = result_file(path, dataset.name, dataset.split, suffix_of(args))
     folder = base.with_name(base.name + "_masks")
-    save = lambda image, of: classmaps.save(folder / f"{dataset.image_ids[image]}.png", of)  # noqa: E731
+    save = lambda image, of: masks.save_map(folder / f"{dataset.image_ids[image]}.png", of, palette=True)  # noqa: E731
     rows, seconds = scorer.evaluate(ranks, args.workers, args.limit, save if args.save_masks else None)
     used = {key: getattr(args, key) for key in ("threshold", "crf", "limit", "amp", *classmaps.DEFAULTS)}
     summary = scorer.summarise(rows, seconds, path, used | args.added | {"step": state["step"]})
@@ -348,11 +348,11 @@ class Comparison:
         self.sets[split] = data.RefDataset(dataset.path, *self.script.frontend(self.settings, self.rest[1]))
 
     def panel(self, picture, split, index):
-        """(caption, picture) of this run's prediction for expression `index`."""
-        batch, n, output = predict_case(self.rest[0], self.sets[split], index, self.ranks.device)
-        mask = predicted_mask(batch.frames[0], output, n, self.args.threshold)
+        """(caption, picture) of this run's prediction for expression `index` of a picture (3,H,W) uint8."""
+        batch, n, output = predict_case(self.args, self.rest[0], self.sets[split], index, self.ranks.device)
+        mask = predicted_mask(self.args, picture, batch.frames[0], output, n)
         return f"{self.name}, IoU {100 * self.values[split][int(self.sets[split].sent_ids[index])]:.1f}", \
-            pictures.overlay(picture, mask, pictures.OTHER)
+            pictures.overlay(picture.permute(1, 2, 0).numpy(), mask, pictures.OTHER)
 
 
 def refine_by_crf(picture, prob, preset):
@@ -362,12 +362,10 @@ def refine_by_crf(picture, prob, preset):
 
 def mask_writer(dataset, folder):
     """A callback for `evaluate` that stores every predicted mask as a PNG named by its sent_id."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(batch, output, masks):
-        flat = [mask for of_image in masks for mask in of_image.cpu().numpy()]
+    def write(batch, output, predicted):
+        flat = [mask for of_image in predicted for mask in of_image.cpu().numpy()]
         for e, mask in zip(batch.index.tolist(), flat):
-            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{dataset.sent_ids[e]}.png")
+            masks.save_map(folder / f"{dataset.sent_ids[e]}.png", mask.astype(np.uint8) * 255)
     return write
 
 
@@ -415,7 +413,7 @@ def write_report(args, path, script, settings, model, device, scored, other=None
             else:
                 chosen = choose_cases(rows, value)
             cases += dataset.cases(chosen) if summary["task"] == "classes" else render_cases(
-                script, settings, model, device, dataset, chosen, args.threshold, other)
+                args, script, settings, model, device, dataset, chosen, other)
     records = runlog.read_log(path.parent)
     losses = [name for name in (records[0] if records else {}) if name not in
               ("step", "epoch", "seconds", "lr", "grad", "GB")]
@@ -449,17 +447,17 @@ def choose_cases(rows, value):
 
 
 @torch.inference_mode()
-def render_cases(script, settings, model, device, dataset, chosen, threshold, other=None):
+def render_cases(args, script, settings, model, device, dataset, chosen, other=None):
     """Case dictionaries for `pictures.report`, each predicted anew; other: a Comparison whose predictions stand beside."""
     cases = []
     for group, rows in chosen.items():
         for row in rows:
-            batch, n, output = predict_case(model, dataset, row["index"], device)
-            picture = dataset.picture(int(dataset.expression_image[row["index"]]))
-            panels = panels_of(picture, batch.frames[0], output, n, threshold)
+            batch, n, output = predict_case(args, model, dataset, row["index"], device)
+            picture, frame = dataset.picture(int(dataset.expression_image[row["index"]])), batch.frames[0]
+            panels = panels_of(picture, frame, output, n, predicted_mask(args, picture, frame, output, n))
             panels.insert(1, ("truth", pictures.overlay(panels[0][1], batch.masks[0][n].numpy(), pictures.TRUTH)))
             if other is not None:
-                panels.insert(3, other.panel(panels[0][1], dataset.split, row["index"]))
+                panels.insert(3, other.panel(picture, dataset.split, row["index"]))
             if hasattr(script, "case_panels"):
                 panels += script.case_panels(settings, dataset, row["index"])
             text = dataset.texts[row["index"]]
@@ -469,20 +467,23 @@ def render_cases(script, settings, model, device, dataset, chosen, threshold, ot
     return cases
 
 
-def predict_case(model, dataset, index, device):
+def predict_case(args, model, dataset, index, device):
     """Expression `index` predicted together with its image's other sentences: (batch, its place in it, the model's dict)."""
     image = int(dataset.expression_image[index])
     sample = dataset.view(original=True)[(0, image, dataset.of_image[image])]
     if isinstance(sample, UserError):
         raise sample
     batch = data.collate([sample]).to(device)
-    return batch, int(np.flatnonzero(batch.index == index)[0]), metrics.predict(model, batch)
+    with metrics.autocast(device, args.amp):
+        return batch, int(np.flatnonzero(batch.index == index)[0]), metrics.predict(model, batch)
 
 
-def predicted_mask(frame, output, n, threshold):
-    """Expression n's mask (H,W) bool in the image's frame; threshold: None takes the method's own."""
-    limit = output["threshold"] if threshold is None else threshold
-    return (frame.prob_img(output["prob"][n:n + 1].float())[0] >= limit).cpu().numpy()
+def predicted_mask(args, picture, frame, output, n):
+    """Expression n's mask (H,W) bool in the frame of its picture (3,H,W) uint8, as --threshold and --crf have it."""
+    prob = frame.prob_img(output["prob"][n:n + 1].float())
+    prob = refine_by_crf(picture, prob, args.crf) if args.crf else prob
+    limit = output["threshold"] if args.threshold is None else args.threshold
+    return (prob[0] >= limit).cpu().numpy()
 
 
 def attended(text, output, n):
@@ -492,15 +493,16 @@ def attended(text, output, n):
     return list(zip(words(text), output["word_attention"][n].float().T.cpu().tolist()))
 
 
-def panels_of(picture, frame, output, n, threshold):
-    """[(caption, uint8 picture)]: the image, the prediction for expression n with its points, and every heat map."""
+def panels_of(picture, frame, output, n, mask):
+    """[(caption, uint8 picture)]: the image, the predicted mask of expression n, its points, and every heat map."""
     image = picture.permute(1, 2, 0).numpy()
-    panels = [("image", image), ("prediction", pictures.overlay(image, predicted_mask(frame, output, n, threshold)))]
+    panels = [("image", image), ("prediction", pictures.overlay(image, mask))]
     if "points" in output:
         points = frame.points_img(output["points"][n].float()).cpu().numpy()
         panels.append(("points, first to last", pictures.draw_points(image, points[np.isfinite(points).all(1)])))
     for name, heat in output.get("heat", {}).items():
-        panels.append((name, pictures.heat(image, frame.prob_img(heat[n:n + 1].float())[0].cpu().numpy())))
+        heat = frame.prob_img(heat[n:n + 1].float())[0].cpu().numpy()
+        panels.append((f"{name}, {heat.min():.2f} to {heat.max():.2f}", pictures.heat(image, heat)))  # each in its own range
     return panels
 
 
@@ -517,17 +519,17 @@ def segment_picture(args, script, settings, model, vocabulary, device):
     batch = data.Batch(images=frame.image_in(picture, canvas.fill)[None], text=data.pad_text([encode(t) for t in args.text]),
                        image_of=torch.zeros(len(args.text), dtype=torch.int64), index=np.arange(len(args.text)),
                        frames=[frame]).to(device)
-    output = metrics.predict(model, batch)
+    with metrics.autocast(device, args.amp):
+        output = metrics.predict(model, batch)
     tiles, captions = [], []
     for n, text in enumerate(args.text):
         unknown = vocabulary.unknown(text)
         if unknown:
             print(f"note: the model never learnt {', '.join(map(repr, unknown))}")
-        panels = panels_of(picture, frame, output, n, args.threshold)
-        limit = output["threshold"] if args.threshold is None else args.threshold
-        mask = frame.prob_img(output["prob"][n:n + 1].float()) >= limit
-        box = metrics.boxes_of(mask)[0].tolist()
-        print(f"{text!r}: " + (f"{100 * mask.float().mean():.1f} % of the picture, box x {box[0]}-{box[2]}, y {box[1]}-{box[3]}"
+        mask = predicted_mask(args, picture, frame, output, n)
+        panels = panels_of(picture, frame, output, n, mask)
+        box = metrics.boxes_of(torch.from_numpy(mask)[None])[0].tolist()
+        print(f"{text!r}: " + (f"{100 * mask.mean():.1f} % of the picture, box x {box[0]}-{box[2]}, y {box[1]}-{box[3]}"
                                if mask.any() else "nothing found"))
         tiles += [array for _, array in panels[1:]]
         captions += [f"{text}" if caption == "prediction" else caption for caption, _ in panels[1:]]
@@ -544,31 +546,37 @@ def describe_picture(args, script, settings, model, vocabulary, device):
     frame = canvas.frame(picture.shape[2], picture.shape[1])
     image_in = frame.image_in(picture, canvas.fill)[None].to(device)
     options = search_options(args)
-    sentences, scores, masks = reg.describe_found(model, image_in, frame, vocabulary.decode, args.min_score, **options)
-    for n, (sentence, score, mask) in enumerate(zip(sentences, scores, masks), start=1):
+    with metrics.autocast(device, args.amp):
+        sentences, scores, found = reg.describe_found(model, image_in, frame, vocabulary.decode, args.min_score, **options)
+    for n, (sentence, score, mask) in enumerate(zip(sentences, scores, found), start=1):
         print(f"{n:>3}  {sentence}  (score {score:.2f}, {100 * mask.mean():.1f} % of the picture)")
     if not sentences:
         print(f"nothing found with a score of {args.min_score:g} or more; a lower --min-score finds more")
-    pictures.save(args.out, pictures.numbered(picture.permute(1, 2, 0).numpy(), masks, sentences))
+    pictures.save(args.out, pictures.numbered(picture.permute(1, 2, 0).numpy(), found, sentences))
     print(f"picture: {args.out}")
 
 
 # ---- main ---------------------------------------------------------------------------------------------------
 
 def refuse_mixtures(args):
-    """Raise UserError for flags that the asked task would not heed, or negative numbers."""
-    masks = {"--protocol": args.protocol != "original", "--threshold": args.threshold is not None, "--crf": args.crf,
-             "--shuffle-expressions": args.shuffle_expressions, "--save-masks": args.save_masks}
-    scores = {"--refs": args.refs != "own", "--listener": args.listener, "--human-study": args.human_study}
+    """Raise UserError for flags that what is asked for would not heed, or negative numbers."""
+    how = {"--threshold": args.threshold is not None, "--crf": args.crf}
+    split = {"--dataset": args.dataset, "--split": args.split != ["val"], "--limit": args.limit, "--compare": args.compare,
+             "--report": args.report} | {f"--{key.replace('_', '-')}": True for key in classmaps.changed(args)}
+    scored = {"--protocol": args.protocol != "original", "--shuffle-expressions": args.shuffle_expressions,
+              "--save-masks": args.save_masks}
+    sentences = {"--refs": args.refs != "own", "--listener": args.listener, "--human-study": args.human_study}
     search = {"--beams": args.beams, "--max-length": args.max_length}
     found = {"--min-score": args.min_score != 0.5}
-    task = "--describe" if args.describe else f"--task {args.task}"
-    unheeded = {"--describe": masks | scores | {"--text": args.text}, "--task reg": masks | found | {"--image": args.image}}
-    given = [flag for flag, value in unheeded.get(task, scores | search | found).items() if value]
+    task = "--describe" if args.describe else "--image" if args.image and args.task == "res" else f"--task {args.task}"
+    unheeded = {"--describe": split | how | scored | sentences | {"--text": args.text},
+                "--image": split | scored | sentences | search | found, "--task reg": how | scored | found | {"--image": args.image}}
+    given = [flag for flag, value in unheeded.get(task, sentences | search | found | {"--image": args.image}).items() if value]
     if given:
         raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")
-    if args.describe and not args.image:
-        raise UserError("--describe needs --image, the picture to describe.")
+    needing = [flag for flag, value in {"--describe": args.describe, "--text": args.text, "--out": args.out != OUT}.items() if value]
+    if needing and not args.image:
+        raise UserError(f"{needing[0]} needs --image, a picture of your own.")
     if min(args.beams, args.max_length, args.human_study) < 0:
         raise UserError("--beams, --max-length and --human-study are numbers from 0 on.")
 
@@ -587,6 +595,8 @@ def main(argv=None, ranks=None):
         path = find_checkpoint(known, ranks.main)
         script, args, settings, model, vocabulary, state = load_run(path, ranks.device, argv)
         if args.image:
+            if hasattr(script, "eval_targets") and script.eval_targets(args, settings):
+                raise UserError("--image comes without the truth that an oracle asks; leave its flag out.")
             of_picture = describe_picture if args.describe else segment_picture
             return of_picture(args, script, settings, model, vocabulary, ranks.device)
         score = score_split

@@ -1,10 +1,15 @@
 """The scripts as their users run them: trained, evaluated, asked, copied, and given bad input."""
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+import eval as evaluation
 from common import checkpoint
+from common.data import Canvas
 from tests.children import finish
 from tests.conftest import REPOSITORY, TINY, command
 
@@ -70,6 +75,20 @@ def test_own_picture(trained, shapes, evaluate, tmp_path):
     assert "never learnt 'zorgel'" in said and (tmp_path / "out.png").stat().st_size > 1000
 
 
+def test_pictures_show_what_is_scored():
+    """The mask that is drawn is refined and cut as the one that is scored."""
+    frame, rng = Canvas(32).frame(48, 32), np.random.default_rng(0)
+    picture = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    picture[:, :, :20] = 200
+    output = {"prob": torch.from_numpy(rng.uniform(0.1, 0.5, (2, 8, 8))).float(), "threshold": 0.3}
+    output["prob"][1, :, :3] += 0.3
+    prob = frame.prob_img(output["prob"])
+    for crf, threshold, expected in ((None, None, prob >= 0.3), (None, 0.6, prob >= 0.6),
+                                     ("deeplab", 0.5, evaluation.refine_by_crf(picture, prob, "deeplab") >= 0.5)):
+        drawn = evaluation.predicted_mask(SimpleNamespace(crf=crf, threshold=threshold), picture, frame, output, 1)
+        assert (drawn == expected[1].numpy()).all() and 0 < drawn.mean() < 1
+
+
 def test_copied_script(shapes, tmp_path):
     """cp train_lts.py train_mine.py, then train and evaluate with no other edit."""
     house = tmp_path / "house"
@@ -105,6 +124,8 @@ def edit(path, change):
     (["eval.py", "--run", "{run}", "--image", "{tmp}/none.jpg", "--text", "x"], "none.jpg does not exist"),
     (["eval.py", "--run", "{run}", "--image", "{tmp}/cut.pt", "--text", "x"], "cannot be read as a picture"),
     (["eval.py", "--run", "{run}", "--image", "x.jpg"], "--image needs --text"),
+    (["eval.py", "--run", "{run}", "--text", "x"], "--text needs --image"),
+    (["eval.py", "--run", "{run}", "--image", "x.jpg", "--text", "x", "--limit", "2", "--report"], "--limit and --report mean nothing"),
 ])
 def test_bad_input(trained, shapes, tmp_path, words, sentence):
     """One sentence, status 2, no traceback."""

@@ -2,7 +2,9 @@
 
 The house definition: original frame, every sentence a sample, integer intersection I and union U. Always both
 mIoU = mean(I/U) and oIoU = sum(I)/sum(U); Pr@X is the share of samples with I/U >= X; an empty union scores 1.
-mIoU equals the area under Pr@X over X in 0..1.
+mIoU equals the area under Pr@X over X in 0..1. Where some sentences mean nothing in the image, gRefCOCO's scores (Liu et al.,
+CVPR 2023) stand beside them: gIoU and cIoU, which are mIoU and oIoU by these rules; N-acc, the share of those sentences whose
+mask is empty, and T-acc, the share of the others whose mask is not. PhraseCut's own subsets are by_kind, by_size and by_objects.
 
 `protocol` re-scores the same predictions by the rules of other code bases, so that a difference to a published
 number can be traced: `lavt480` squashes truth and prediction to 480x480 and scores an empty intersection 0;
@@ -20,7 +22,8 @@ from common import data, distributed
 
 PROTOCOLS = ("original", "lavt480", "seqtr640")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
-SIZES = (("small", 0.0, 0.02), ("medium", 0.02, 0.08), ("large", 0.08, 1.01))  # share of the image's area
+SIZES = (("small", 0.0, 0.02), ("medium", 0.02, 0.2), ("large", 0.2, 1.01))  # share of the image's area; PhraseCut's
+OBJECTS = (("none", 0, 0), ("one", 1, 1), ("several", 2, 10 ** 9), ("five or more", 5, 10 ** 9))  # meant by a sentence; PhraseCut's
 LENGTHS = (("1-3 words", 1, 3), ("4-7 words", 4, 7), ("8 or more words", 8, 10 ** 9))
 
 
@@ -170,14 +173,14 @@ def _rows(dataset, index, masks, truth, prob, threshold, boxes, heat, frame, pro
     rec = box_iou(boxes.double(), annotated)
     area = truth.flatten(1).sum(1)
     hits = {f"hit_{name}": _hits(value, truth, frame) for name, value in heat.items()}
-    columns = [inter.tolist(), union.tolist(), rec.tolist(), area.tolist()]
+    columns = [inter.tolist(), union.tolist(), rec.tolist(), area.tolist(), masks.flatten(1).sum(1).tolist()]
     rows = []
     for n, e in enumerate(index.tolist()):
         image = dataset.expression_image[e]
         row = {"index": e, "sent_id": int(dataset.sent_ids[e]), "ref_id": int(dataset.ref_ids[e]),
                "image_id": int(dataset.image_ids[image]), "I": columns[0][n], "U": columns[1][n],
-               "box_iou": round(columns[2][n], 6), "area": columns[3][n], "source": dataset.sources[e],
-               "kind": dataset.kinds[e]}
+               "box_iou": round(columns[2][n], 6), "area": columns[3][n], "predicted": columns[4][n],
+               "source": dataset.sources[e], "kind": dataset.kinds[e]}
         rows.append(row | {name: int(value[n]) for name, value in hits.items()})
     return rows
 
@@ -212,20 +215,28 @@ def _hits(heat, truth, frame):
 def summarise(rows, dataset, task="res", seconds=0.0, checkpoint="", settings=None):
     """The summary that eval writes: all scores in percent, and by kind, object size and sentence length."""
     I, U = (np.array([row[key] for row in rows], np.int64) for key in ("I", "U"))
-    share = np.array([row["area"] / max(1, int(dataset.sizes[dataset.expression_image[row["index"]]].prod()))
-                      for row in rows])
+    size = np.array([row["area"] / max(1, int(dataset.sizes[dataset.expression_image[row["index"]]].prod()))
+                     for row in rows])
     length = np.array([len(dataset.texts[row["index"]].split()) for row in rows])
     kind = np.array([row["kind"] for row in rows])
+    meant = np.array([len(dataset.objects_of[row["index"]]) for row in rows])
     groups = {
         "by_kind": {name: kind == name for name in sorted(set(kind.tolist()) - {""})},
-        "by_size": {name: (share >= low) & (share < high) for name, low, high in SIZES},
+        "by_size": {name: (size >= low) & (size < high) for name, low, high in SIZES},
         "by_length": {name: (length >= low) & (length <= high) for name, low, high in LENGTHS},
     }
+    if (meant != 1).any():
+        groups["by_objects"] = {name: (meant >= low) & (meant <= high) for name, low, high in OBJECTS}
     overall = scores(I, U)
     summary = {"dataset": dataset.name, "split": dataset.split, "task": task, **overall,
                "REC@0.5": round(100 * float(np.mean([row["box_iou"] >= 0.5 for row in rows])), 4) if rows else None,
                "images": len({row["image_id"] for row in rows}), "seconds": round(seconds, 2),
                "checkpoint": str(checkpoint), "settings": settings or {}}
+    if (meant == 0).any():
+        share = lambda of: round(100 * float(of.mean()), 4) if len(of) else None  # noqa: E731
+        empty = np.array([row["predicted"] == 0 for row in rows])
+        summary |= {"gIoU": overall["mIoU"], "cIoU": overall["oIoU"], "N-acc": share(empty[meant == 0]),
+                    "T-acc": share(~empty[meant > 0])}
     heats = [key[4:] for key in (rows[0] if rows else {}) if key.startswith("hit_")]
     if heats:
         summary["pointing"] = {name: round(100 * float(np.mean([row[f"hit_{name}"] for row in rows])), 4)

@@ -14,8 +14,8 @@ from common.config import REPOSITORY, UserError, load_yaml, nearest, write_text
 
 EFFECTS = ("model", "loss", "data", "decode", "eval")
 METRICS = ("mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(1, 10)), "REC@0.5", "n", "CIDEr", "METEOR", "Rb-Acc", "H-Acc",
-           "class mIoU", "gIoU", "cIoU", "N-acc", "T-acc")
-NESTED = ("pointing", "by_kind", "by_size", "by_length", "by_source", "subsets", "classes")  # dotted: pointing.H_mask
+           "gIoU", "cIoU", "N-acc", "T-acc")
+NESTED = ("pointing", "by_kind", "by_size", "by_length", "by_objects", "classes")  # dotted: pointing.H_mask
 NO_PERCENT = ("CIDEr",)
 ROW_NAME, IN_FLAGS = re.compile(r"[\w+.-]+"), re.compile(r"\{([\w+.-]+)\}")
 

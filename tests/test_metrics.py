@@ -41,6 +41,18 @@ def test_evaluate(shapes, protocol, half, low, high):
     assert summary["pointing"]["truth"] > 95 and sum(group["n"] for group in summary["by_kind"].values()) == len(rows)
 
 
+def test_none_or_several_objects(shapes):
+    """gRefCOCO's scores by hand, and the groups by the number of objects; RefCOCO-like corpora have neither."""
+    dataset = data.RefDataset(data.split_path(shapes, "refshapes", "val"), None, None)
+    rows = [{"index": e, "image_id": 0, "I": I, "U": U, "area": area, "predicted": U + I - area, "kind": "", "box_iou": 0}
+            for e, (I, U, area) in enumerate([(0, 0, 0), (0, 5, 0), (0, 9, 9), (6, 12, 8), (9, 9, 9)])]
+    assert not {"gIoU", "by_objects"} & metrics.summarise(rows[2:], dataset).keys()
+    dataset.objects_of = [[], [], [0], [0, 1], [0, 1, 2, 3, 4]] + dataset.objects_of[5:]
+    found = metrics.summarise(rows, dataset)
+    assert [found[key] for key in ("gIoU", "cIoU", "N-acc", "T-acc")] == [50, round(1500 / 35, 4), 50, round(200 / 3, 4)]
+    assert {name: group["n"] for name, group in found["by_objects"].items()} == {"none": 2, "one": 1, "several": 2, "five or more": 1}
+
+
 def test_shuffled_points_at_others(shapes):
     dataset = data.RefDataset(data.split_path(shapes, "refshapes", "val"), lambda text: [1], Canvas(64))
     view = metrics.shuffled(dataset, seed=3)

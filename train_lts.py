@@ -13,7 +13,7 @@ Where the paper is silent
                 so do we. `--no-freeze-backbone` trains it (with its BatchNorm statistics frozen).
   widths        d_k = 1024 (Sec. 4.1) must equal F_m3's channels, so each half of Eq. 7 has 512. The GRU's 1024 are
                 512 each way, concatenated by Eq. 4.
-  norm          Every W of Eq. 5-7 and every ASPP branch is followed by GroupNorm; MCN has BatchNorm there.
+  norm          Every convolution of Eq. 5-7 and of ASPP is followed by GroupNorm; MCN has BatchNorm there.
   UpSample      nearest, as in MCN. It commutes with Eq. 7's pointwise W, which is therefore applied before it.
   ASPP          rates 6, 12, 18 with a pointwise and a global branch of 256 channels each (DeepLab v3, MCN); the paper
                 cites DeepLab v2, whose rates are `--aspp-rates 6 12 18 24`.
@@ -142,6 +142,8 @@ class LTS(nn.Module):
             raise UserError("--no-fusion --no-filter leaves the sentence no way into the model.")
         self.merge1 = ConvNormAct(args.dim, half, 1)           # g(F_m1 W_m1), Eq. 7
         self.merge2 = ConvNormAct(args.dim, half, 1)           # g(F_m2 W_m2), Eq. 7
+        if (args.filters > 1 or args.word_filter) and (args.locator == "transformer" or not args.filter):
+            raise UserError("--filters and --word-filter are about the filter, which --no-filter and --locator transformer do without.")
         maps = 0
         if args.filter:
             self.locator = TransformerLocator(args.dim, args.text_dim) if args.locator == "transformer" else \

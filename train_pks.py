@@ -157,6 +157,8 @@ def frontend(args, vocabulary):
     """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
     if not args.max_size and args.size % 32:
         raise UserError(f"--size {args.size} is not a multiple of 32, the backbone's coarsest stride.")
+    if not args.weak and args.weak_labels != WEAK_LABELS[-1]:
+        raise UserError(f"--weak-labels {args.weak_labels} is a way to learn from clicks: give --weak, too.")
     return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size, args.max_size)
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import train_lts
-from common.config import parse
+from common.config import UserError, parse
 from common.text import Vocabulary
 from tests.conftest import TINY
 
@@ -120,6 +120,12 @@ def test_empty_mask_is_finite():
     empty = {name: torch.zeros_like(value) for name, value in targets().items()}
     sum(train_lts.loss_terms(model(*inputs()), empty, args).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("flags", [["--locator", "transformer", "--filters", "2"], ["--no-filter", "--word-filter"]], ids=" ".join)
+def test_flags_without_a_filter_are_refused(flags):
+    with pytest.raises(UserError, match="are about the filter"):
+        build(*flags)
 
 
 @pytest.mark.parametrize("schedule, step, expected", [

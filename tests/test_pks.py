@@ -337,10 +337,10 @@ def test_unknown_object_is_an_error(weak):
 
 
 @pytest.mark.parametrize("flags", [["--levels", "0-3"], ["--levels", "3-2"], ["--levels", "x"], ["--steps", "0"],
-                                   ["--no-kernel", "--levels", "5"]])
+                                   ["--no-kernel", "--levels", "5"], ["--weak-labels", "point_fg"]])
 def test_bad_settings(flags):
     with pytest.raises(UserError):
-        build(*flags)
+        train_pks.frontend(build(*flags)[0], VOCABULARY)
 
 
 def test_several_objects_are_refused(weak):

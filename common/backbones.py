@@ -549,7 +549,8 @@ def read_torch(path):
 def read_converted(path):
     """The dict in a converted weight file, its checksums and types verified. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; `python -m data_prep.weights --help` tells how to make it.")
+        raise UserError(f"{path} does not exist; data_prep/README.md says where the weights are published, and "
+                        "`python -m data_prep.weights --help` how to make this file of them.")
     data = read_torch(path)
     types = {"kind": str, "config": dict, "state": dict, "source": str, "sha256": str, "leaky": bool}
     if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in types.items()):

@@ -55,8 +55,18 @@ def environment():
         f"commit: {git('rev-parse', 'HEAD')}" + (" with uncommitted changes" if changed not in ("", "unknown") else ""),
         f"date: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
         f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}",
-        f"cpu: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"cpu: {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         f"gpu: {', '.join(cards)}", ""])
+
+
+def processor():
+    """The CPU's name; where the system does not tell it, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 class Log:

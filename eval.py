@@ -16,8 +16,7 @@ Scores are taken in the original frame over every sentence (common/metrics.py de
 <run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it; those of REG (common/reg.py) to
 …_reg.json, with one line per object; those of a corpus with class maps are its classes' (common/classmaps.py). The
 checkpoint names the script that made it; any train_*.py in this folder serves, so a copied script needs no registration
-here. Of a run with stages the last one is scored, or that which the script's
-STAGE_OF_TASK names.
+here. Of a run with stages the last one is scored, or that which the script's STAGE_OF_TASK names.
 """
 import importlib
 import json

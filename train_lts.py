@@ -60,15 +60,17 @@ def get_parser():
     """Every setting with its default, which is the paper's on RefCOCO."""
     parser = base_parser(__doc__)
     parser.set_defaults(epochs=45, batch_size=18, lr=1e-3, epoch_unit="ref")
-    add = parser.add_argument_group("input").add_argument
+    input_ = parser.add_argument_group("input")
+    add = input_.add_argument
     add("--size", type=int, default=416, help="side of the square input, a multiple of 32; Sec. 4.1, Table 6")
-    parser.switch(None, "squash", False, "stretch the image to the square instead of padding it")
+    parser.switch(input_, "squash", False, "stretch the image to the square instead of padding it")
     add("--max-words", type=int, default=15,
         help="words a sentence keeps: 15, RefCOCOg 20; Sec. 4.1. 0: blind to the sentence, a control")
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--backbone", choices=("darknet53", "resnet50", "resnet101", "small"), default="darknet53", help="Sec. 4.1")
+    add("--backbone", choices=("darknet53", "resnet50", "resnet101", "small"), default="darknet53",
+        help="darknet53 in Sec. 4.1; `small` learns the embedded corpora from nothing")
     add("--finest-stride", type=int, choices=(4, 8), default=8,
         help="stride of F_m3; 8 in Sec. 3.1, 4 for small pictures (P_mask then has half the input's size)")
     add("--weights", default="data/weights/darknet53_coco_minus.pt",

@@ -90,7 +90,8 @@ def get_parser():
     add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right)")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--backbone", choices=("resnet101", "resnet50", "small"), default="resnet101", help="with a pyramid; Sec. V-B")
+    add("--backbone", choices=("resnet101", "resnet50", "small"), default="resnet101",
+        help="with a feature pyramid; resnet101 in Sec. V-B; `small` learns the embedded corpora from nothing")
     add("--weights", default="data/weights/resnet101.pt",
         help="file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
     parser.switch(model, "scaled-attention", False, "divide Eq. 3's product by sqrt(--dim) before the sigmoid")

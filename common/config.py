@@ -65,7 +65,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-            """Keeps the script's docstring as it stands and appends every default."""
+            """Keeps the script's docstring as it stands and appends every default that says something."""
+
+            def _get_help_string(self, action):
+                return action.help if action.default in (None, "") else super()._get_help_string(action)
 
         super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
 

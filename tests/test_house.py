@@ -6,8 +6,9 @@ import re
 import pytest
 
 from common.config import REPOSITORY
+from tests import children
 
-SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(REPOSITORY.glob("train_*.py"))}
+SCRIPTS = {name: (REPOSITORY / f"{name}.py").read_text(encoding="utf-8") for name in children.SCRIPTS}  # a user's own are his
 BANNERS = ["settings", "model", "targets and losses", "training", "main"]
 # lines of the loop that say what a paper has of its own: what the optimiser, the losses, the scores are
 OWN = re.compile(r"def train|The loop, from|model = model\.to|optimizer = |\"random\"|rate\b|sums = |sentences|forward\(|loss_terms"

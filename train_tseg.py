@@ -85,6 +85,7 @@ def get_parser():
         help="ViT's file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
     add("--text-weights", default="data/weights/bert_small.pt", help="BERT's file, likewise, or `none`")
     add("--init", default="", metavar="CHECKPOINT", help="best.pt of another run of this script to start from; Table 2e")
+    add("--init-part", choices=("all", "vision"), default="all", help="what --init gives: all weights, or the ViT's alone")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--patch", type=int, default=16, help="side of a patch; ViT-S/16, Sec. 4.2")
     add("--vit-dim", type=int, default=384, help="width of the ViT")
@@ -603,9 +604,15 @@ def class_texts(dataset):
 def start_from(model, vocabulary, args):
     """Load the weights of another run of this script. Raises UserError where it has other words or another shape."""
     state = checkpoint.load(args.init)
-    if state["script"] != Path(__file__).stem or state.get("vocabulary") != list(vocabulary):
-        raise UserError(f"--init {args.init} is no run of {Path(__file__).name} with the vocabulary of --vocab.")
-    checkpoint.load_model(model, state, args.init)
+    if state["script"] != Path(__file__).stem:
+        raise UserError(f"--init {args.init} is no run of {Path(__file__).name}.")
+    if args.init_part == "vision":
+        part = {name.removeprefix("vision."): value for name, value in state["model"].items() if name.startswith("vision.")}
+        checkpoint.load_model(model.vision, {"model": part}, args.init)
+    elif state.get("vocabulary") != list(vocabulary):
+        raise UserError(f"--init {args.init} has another vocabulary than --vocab; its ViT alone: --init-part vision.")
+    else:
+        checkpoint.load_model(model, state, args.init)
     args.leaky_init = state["args"]["leaky_init"]
 
 

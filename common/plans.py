@@ -42,7 +42,7 @@ class Plan:
     def rows(self, dataset):
         """The rows asked for that can run on `dataset`."""
         return [row for row in self.table.rows if row.built and (not self.args.rows or row.name in self.args.rows)
-                and (row.embedded or dataset not in self.table.embedded)]
+                and (row.embedded if dataset in self.table.embedded else row.real)]
 
     def folder(self, job):
         """The run folder of a job."""

@@ -1,4 +1,4 @@
-"""Train and score the rows of a paper's table, and print what was measured beside what was published.
+r"""Train and score the rows of a paper's table, and print what was measured beside what was published.
 
     python -m common.reproduce yaml/tables/lts_table2.yaml --dataset refshapes --seeds 3     embedded corpus, two CPU cores
     python -m common.reproduce yaml/tables/pks_table9.yaml --dry-run                         only the commands
@@ -36,7 +36,7 @@ The format of yaml/tables/*.yaml (every key is checked, an unknown one is an err
   rows               list of
     name, label      short name (of the run folder), and what is printed
     flags            added to the table's; `{row}` in them is that row's run folder, of the same seed, which is made before
-    embedded_flags   take the place of the row's flags on embedded corpora; `embedded: false`: not there
+    embedded_flags   take the place of the row's flags on embedded corpora; `embedded: false`: not there; `real: false`: there alone
     published        {column: figure or list of figures, one for each metric}; null where the paper has none
     ablates, effect  the row it is compared with, and what its flags act on: model, loss, data, decode or eval
     run_of           trains nothing: takes that row's run

@@ -48,6 +48,7 @@ class Row:
     flags: str = ""
     embedded_flags: str = None
     embedded: bool = True
+    real: bool = True
     ablates: str = ""
     effect: str = ""
     run_of: str = ""

@@ -418,5 +418,10 @@ def test_missing_files_are_named(shapes, tmp_path):
     with pytest.raises(UserError, match="expressions are names of classes"):
         train_tseg.class_texts(training_set(shapes)[1])
     args.init = str(tmp_path / "best.pt")
-    with pytest.raises(UserError, match="vocabulary of --vocab"):
-        train_tseg.start_from(model, WordPiece(wordpieces(["other words"] * 30)), args)
+    other = WordPiece(wordpieces(["other words"] * 30))
+    with pytest.raises(UserError, match="another vocabulary than --vocab"):
+        train_tseg.start_from(model, other, args)
+    args.init_part, fresh = "vision", train_tseg.build_model(args, other)
+    train_tseg.start_from(fresh, other, args)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.vision.parameters(), model.vision.parameters()))
+    assert not torch.equal(fresh.from_patch.weight, model.from_patch.weight)

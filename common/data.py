@@ -181,9 +181,11 @@ def require(data_root, dataset, splits, hint):
         f"--data-root {data_root}"
     missing = [path for path in (split_path(data_root, dataset, split) for split in splits) if not path.is_file()]
     if missing and dataset not in EMBEDDED:
+        there = [split for split in splits if split_path(data_root, dataset, split) not in missing]
         raise UserError(
             f"{missing[0]} does not exist: prepare {dataset} with `{command}` (data_prep/README.md says where the files are), "
-            f"or run on the embedded data with `--yaml {hint}`.")
+            + (f"be content with {' and '.join(there)} by --eval-splits, " if {"train", "val"} <= set(there) else "")
+            + f"or run on the embedded data with `--yaml {hint}`.")
     return not missing and (dataset not in EMBEDDED or
                             (Path(data_root) / dataset / f"{EMBEDDED[dataset]}.json").is_file())
 

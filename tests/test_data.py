@@ -184,3 +184,14 @@ def test_worker_error_keeps_its_sentence(shapes, tmp_path):
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"^.*\.png does not exist; --images"):
             next(data.load(dataset, data.plan_evaluation(dataset, 2), workers))
+
+
+@pytest.mark.parametrize("there, sentence", [([], "prepare mine with `python -m data_prep.refcoco"), (["val"], "or run on the embedded"),
+                                             (["train", "val"], "be content with train and val by --eval-splits")])
+def test_a_missing_split_is_named(tmp_path, there, sentence):
+    (tmp_path / "mine").mkdir()
+    for split in there:
+        (tmp_path / "mine" / f"{split}.json").touch()
+    with pytest.raises(UserError, match=sentence) as raised:
+        data.require(tmp_path, "mine", ["train", "val", "testA"], "some.yaml")
+    assert ("--eval-splits" in str(raised.value)) == (len(there) == 2) and ".json does not exist" in str(raised.value)

@@ -1,4 +1,4 @@
-"""COCO's instances without the images that RefCOCO, RefCOCO+ and RefCOCOg are scored on, and the images nobody described.
+r"""COCO's instances without the images that RefCOCO, RefCOCO+ and RefCOCOg are scored on, and the images nobody described.
 
     python -m data_prep.coco --instances instances_train2017.json --images train2017 --data-root data \
         --refs 'refcoco/refs(unc).p' 'refcoco+/refs(unc).p' 'refcocog/refs(umd).p' 'refcocog/refs(google).p'

@@ -1,4 +1,4 @@
-"""REFER's files to the prepared format: RefCOCO, RefCOCO+, RefCOCOg (umd, google), gRefCOCO, and what is laid out so.
+r"""REFER's files to the prepared format: RefCOCO, RefCOCO+, RefCOCOg (umd, google), gRefCOCO, and what is laid out so.
 
     python -m data_prep.refcoco --refs 'refs(unc).p' --instances instances.json --images train2014 \
         --dataset refcoco --data-root data
@@ -7,8 +7,9 @@ A refs file is a list of records {ref_id, ann_id, image_id, split, sentences: [{
 in REFER, JSON in gRefCOCO, where ann_id is a list and [-1] means that nothing in the image is meant. instances.json
 is COCO's. Pickles are read as plain data: lists, dictionaries, strings and numbers; anything that would import or
 call something is refused. Every sentence is kept, with its spelling; the parts of a mask are united; polygons are
-rasterised once, by COCO's own rule; an object's `parts` is the number of its polygons. One file `data/<dataset>/<split>.json` is written per split, holding the images
-that have a sentence in it, all objects of those images, and the sentences. Same input, same bytes.
+rasterised once, by COCO's own rule; an object's `parts` is the number of its polygons. One file
+`data/<dataset>/<split>.json` is written per split, holding the images that have a sentence in it, all objects of those
+images, and the sentences. Same input, same bytes.
 """
 import hashlib
 import io

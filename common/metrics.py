@@ -23,7 +23,7 @@ from common import data, distributed
 PROTOCOLS = ("original", "lavt480", "seqtr640")
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SIZES = (("small", 0.0, 0.02), ("medium", 0.02, 0.2), ("large", 0.2, 1.01))  # share of the image's area; PhraseCut's
-OBJECTS = (("none", 0, 0), ("one", 1, 1), ("several", 2, 10 ** 9), ("five or more", 5, 10 ** 9))  # meant by a sentence; PhraseCut's
+OBJECTS = (("none", 0, 0), ("one", 1, 1), ("2-4", 2, 4), ("5 or more", 5, 10 ** 9))  # meant by a sentence; PhraseCut's
 LENGTHS = (("1-3 words", 1, 3), ("4-7 words", 4, 7), ("8 or more words", 8, 10 ** 9))
 
 

@@ -50,7 +50,7 @@ def test_none_or_several_objects(shapes):
     dataset.objects_of = [[], [], [0], [0, 1], [0, 1, 2, 3, 4]] + dataset.objects_of[5:]
     found = metrics.summarise(rows, dataset)
     assert [found[key] for key in ("gIoU", "cIoU", "N-acc", "T-acc")] == [50, round(1500 / 35, 4), 50, round(200 / 3, 4)]
-    assert {name: group["n"] for name, group in found["by_objects"].items()} == {"none": 2, "one": 1, "several": 2, "five or more": 1}
+    assert {name: group["n"] for name, group in found["by_objects"].items()} == {"none": 2, "one": 1, "2-4": 1, "5 or more": 1}
 
 
 def test_shuffled_points_at_others(shapes):

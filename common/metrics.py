@@ -227,7 +227,9 @@ def summarise(rows, dataset, task="res", seconds=0.0, checkpoint="", settings=No
     }
     if (meant != 1).any():
         groups["by_objects"] = {name: (meant >= low) & (meant <= high) for name, low, high in OBJECTS}
-    overall = scores(I, U)
+    meter = SegMeter()
+    meter.update([row["index"] for row in rows], I, U)
+    overall = meter.summary()
     summary = {"dataset": dataset.name, "split": dataset.split, "task": task, **overall,
                "REC@0.5": round(100 * float(np.mean([row["box_iou"] >= 0.5 for row in rows])), 4) if rows else None,
                "images": len({row["image_id"] for row in rows}), "seconds": round(seconds, 2),

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common import masks

@@ -397,8 +397,8 @@ def print_table(summaries):
 # ---- the report ---------------------------------------------------------------------------------------------
 
 def write_report(args, path, script, settings, model, device, scored, other=None):
-    """report.html of the run: scores, curves, and the worst, middle and best cases of every split just scored; beside
-    `other`, a Comparison, the cases that lost and gained most against it."""
+    """report.html of the run (the control and sentences have their own): scores, curves, and the worst, middle and best cases
+    of every split just scored; beside `other`, a Comparison, the cases that lost and gained most against it."""
     cases, reg_ = [], args.task == "reg"
     for summary, rows, dataset in scored:
         if reg_:
@@ -429,10 +429,12 @@ def write_report(args, path, script, settings, model, device, scored, other=None
     environment = path.parent / "env.txt"
     made = environment.read_text(encoding="utf-8", errors="replace") if environment.is_file() else ""
     warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}
-    target = path.parent / ("report_reg.html" if reg_ else "report.html")
+    how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in scored[0][0]["settings"].items()
+                    if value not in (None, False, 0, "", "off", "original"))
+    target = path.parent / f"report{'_reg' if reg_ else '_shuffled' if args.shuffle_expressions else ''}.html"
     pictures.report(target, title=f"{script.__name__}: {path.parent.name} on {settings.dataset}", settings=vars(settings),
                     summary=[summary for summary, _, _ in scored], curves=curves, cases=cases,
-                    notes=(other.sentences if other else []) + sorted(warnings), command=made)
+                    notes=(other.sentences if other else []) + sorted(warnings) + [f"Scored with: {how}."], command=made)
     print(f"report: {target}")
 
 

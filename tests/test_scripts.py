@@ -59,11 +59,13 @@ def test_newest_run_and_controls(trained, evaluate, tmp_path):
     (tmp_path / "runs").mkdir()
     run = tmp_path / "runs" / "x"
     shutil.copytree(trained, run)
-    for flags, name in ([], "testA"), (["--shuffle-expressions"], "testA_shuffled"), (["--protocol", "lavt480"], "testA_lavt480"), \
+    for flags, name in ([], "testA"), (["--shuffle-expressions", "--report"], "testA_shuffled"), (["--protocol", "lavt480"], "testA_lavt480"), \
             (["--protocol", "seqtr640"], "testA_seqtr640"), (["--limit", "2", "--save-masks"], "testA_first2"), \
             (["--limit", "1", "--crf", "deeplab"], "testA_crf-deeplab_first1"):
         said = evaluate("--split", "testA", *flags, cwd=tmp_path)
         assert "newest run: runs/x" in said and (run / "eval" / f"refshapes_{name}.json").exists()
+    reports = [(run / f"report{name}.html").read_text() for name in ("", "_shuffled")]
+    assert ["Scored with: shuffle expressions True, step" in text for text in reports] == [False, True]
     assert len(list((run / "eval" / "refshapes_testA_first2_masks").glob("*.png"))) == \
         json.loads((run / "eval" / "refshapes_testA_first2.json").read_text())["n"]
 

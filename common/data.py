@@ -112,11 +112,11 @@ def _overlap(start, length, limit):
 
 def _coverage(size, in_size, start, cells, stride, flipped):
     """(cells, size) matrix: the share of each canvas cell that each image pixel covers, along one axis."""
-    edges = torch.arange(size + 1, dtype=torch.float64) * in_size / size
+    edges = np.arange(size + 1) * in_size / size
     edges = (in_size - edges if flipped else edges) + start
-    low, high = torch.minimum(edges[:-1], edges[1:]), torch.maximum(edges[:-1], edges[1:])
-    cell = torch.arange(cells, dtype=torch.float64)[:, None] * stride
-    return ((torch.minimum(high, cell + stride) - torch.maximum(low, cell)).clamp(min=0) / stride).float()
+    low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
+    cell = np.arange(cells)[:, None] * stride
+    return torch.from_numpy(((np.minimum(high, cell + stride) - np.maximum(low, cell)).clip(0) / stride).astype(np.float32))
 
 
 def _bilinear(size, in_size, start, cells, canvas, flipped):
@@ -312,6 +312,7 @@ class RefDataset(torch.utils.data.Dataset):
         bounds = np.searchsorted(self.expression_image[order], np.arange(len(images) + 1))
         self.of_image = [order[bounds[i]:bounds[i + 1]] for i in range(len(images))]
         self.with_expressions = np.flatnonzero(np.diff(bounds))
+        self.checked = set()  # the objects whose masks have been found in order
         self.decoded, self.small = {}, 3 * int(self.sizes.prod(1).sum()) <= SMALL_CORPUS
 
     def __len__(self):
@@ -329,7 +330,10 @@ class RefDataset(torch.utils.data.Dataset):
         try:
             if self.rles[i] is None:
                 raise ValueError("it has no mask")
-            return decode(check_rle(self.rles[i], height, width), checked=True)
+            if i not in self.checked:
+                self.rles[i] = check_rle(self.rles[i], height, width)
+                self.checked.add(i)
+            return decode(self.rles[i], checked=True)
         except ValueError as error:
             raise UserError(f"{self.path}, object {self.object_ids[i]}: {error}.") from None
 

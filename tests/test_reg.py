@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from common import captions, checkpoint, data, distributed, metrics, pictures, reg, study
+from common import captions, checkpoint, data, distributed, reg, study
 from common.config import UserError
 from tests import describer
 from tests.conftest import REPOSITORY, command

@@ -1,5 +1,4 @@
 """The runner of tables: rows that train, score, fail, are interrupted and go on; its tables; its check of the rows' flags."""
-import json
 import os
 import re
 import signal

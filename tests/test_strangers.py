@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 from common import checkpoint, config, data
-from common.config import Parser, UserError
+from common.config import Parser
 from tests.children import SCRIPTS, finish, words
 from tests.test_hostile import disturb, survives, watch  # noqa: F401: `watch` guards every test
 from tests.test_pictures import Page

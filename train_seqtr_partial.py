@@ -45,6 +45,9 @@ Where the paper is silent
                 before it He's; of the transformer Xavier's, a tenth of them where a layer adds to its input. Trained from
                 nothing, attention and the reading of what it finds learn only through each other, and nothing is located until
                 both do: a weak or blurred reading (torch's own first values, slow sines, deep post-norm layers) holds that back.
+  location      is learnt from coordinates alone, through the whole decoder: too slowly on RefShapes, whose networks begin with
+                nothing. `--locate W`, which neither paper nor SeqTR has, adds a cross-entropy over the encoder's cells, whose
+                truth is each cell's share of the box. All stages know the boxes; no mask is used.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
 """
@@ -99,6 +102,7 @@ def get_parser():
         "--eval-every counts in those, and all stages are evaluated equally often")
     add("--retrain-epochs", type=int, default=120, help="epochs of `retrain`; Sec. 4.2")
     add("--rec-from", default="", help="best.pt of another run's `rec` instead of that stage")
+    add("--pseudo-from", default="", help="masks.json of another run's `pseudo` instead of the stages `res` and `pseudo`")
     add("--retrain-from", choices=("rec", "res"), default="rec", help="the weights that `retrain` begins with")
     add = parser.add_argument_group("input").add_argument
     add("--size", type=int, default=640, help="side of the square input, a multiple of 32; Sec. 4.2")
@@ -144,6 +148,7 @@ def get_parser():
     add = loss.add_argument
     add("--smoothing", type=float, default=0.1, help="label smoothing; SeqTR's")
     add("--eos-weight", type=float, default=0.1, help="weight of EOS among a mask's tokens; SeqTR's")
+    add("--locate", type=float, default=0.0, help="weight of the location loss on the encoder's cells; not the paper's, 0: none")
     add("--stage-lr", type=float, default=5e-4, help="rate of `rec` and `retrain`; Sec. 4.2. --lr is that of `res`, 0: by ratio")
     add("--schedule", choices=("step", "cosine"), default="step", help="step: lr falls by 10 at --lr-drop")
     add("--lr-drop", type=float, default=0.833, help="share of the steps before the fall; SeqTR's")
@@ -166,7 +171,7 @@ def of_stage(args, stage):
     """The settings of one stage: those of the call, with what the stage fixes."""
     epochs = {"rec": args.rec_epochs, "retrain": args.retrain_epochs}.get(stage, args.epochs)
     changed = {"stage": stage, "epochs": epochs, "eval_every": max(1, round(args.eval_every * epochs / args.epochs)),
-               "lr": args.stage_lr if stage != "res" else args.lr or RATES[args.ratio]}
+               "lr": args.lr or RATES[args.ratio] if stage in ROWS else args.stage_lr}
     changed |= ROWS["baseline"] if stage == "rec" else ROWS.get(stage, {})
     return type(args)(**{**vars(args), **changed})
 
@@ -237,6 +242,7 @@ class SeqTR(nn.Module):
             waves = bin_waves(args.bins, args.dim)
             self.coordinates.weight[:-1] = 0.3 * waves
             self.predictor[-1].weight[:-1] = 0.3 * waves
+        self.locator = nn.Linear(args.dim, 1) if args.locate else None
 
     def encode_image(self, images):
         """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> fused map (B,text_dim,h,w) and
@@ -255,9 +261,10 @@ class SeqTR(nn.Module):
         return self.merge3(torch.cat([x, self.neck(coarse)], 1)), size
 
     def forward(self, images, image_of, text, tokens):
-        """Teacher forcing: images (B,3,H,W), image_of (E,), text (E,L) ids, tokens (E,2P) -> logits (E,2P+1,M+1)."""
+        """Teacher forcing: images (B,3,H,W), image_of (E,), text (E,L) ids, tokens (E,2P) -> `logits` (E,2P+1,M+1), and
+        with --locate those of the cells, `where` (E,h,w)."""
         memory = self.encode(self.encode_image(images), image_of, text)
-        return self.decode(memory, tokens)
+        return {"logits": self.decode(memory, tokens), "where": memory["where"]}
 
     def encode(self, features, image_of, text):
         """Fusion and encoder: features from `encode_image` -> Memory of each sentence."""
@@ -285,10 +292,11 @@ class SeqTR(nn.Module):
         x = x if self.released else x + position
         for layer in self.encoder:
             x = layer(x, position, visible[:, None, None])
+        where = self.locator(x)[..., 0].masked_fill(~visible, -1e4).unflatten(1, (h, w)) if self.locator else None
         lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
         keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
         cells = token_frame(size, self.released) / stride
-        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": cells, "lines": lines}
+        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": cells, "lines": lines, "where": where}
 
     def embed(self, memory, tokens, start=0):
         """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
@@ -344,7 +352,8 @@ class SeqTR(nn.Module):
 
     def segment(self, features, image_of, text, targets=None):
         """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,h,w) on the canvas, the raster of `points` (E,P,2),
-        NaN where the sequence had ended; `boxes` (E,4) round them, zeros where nothing was drawn; `score` (E,)."""
+        NaN where the sequence had ended; `boxes` (E,4) round them, zeros where nothing was drawn; `score` (E,); with --locate the
+        `heat` of each cell."""
         visual, size = features
         side = visual.shape[-1] * self.strides[-1]
         memory = self.encode(features, image_of, text)
@@ -353,8 +362,9 @@ class SeqTR(nn.Module):
         scale = max(1, 256 // side)                              # small canvases are drawn finer than their pixels
         prob = np.stack([rasterise(p * scale, side * scale, side * scale) for p in points.cpu().numpy()]) \
             if len(points) else np.zeros((0, side, side), bool)
+        heat = {} if self.locator is None else {"heat": {"location": memory["where"].flatten(1).softmax(1).view_as(memory["where"])}}
         return {"prob": torch.from_numpy(prob).to(visual.device).float(), "threshold": INSIDE, "points": points,
-                "boxes": boxes_round(points), "score": score}
+                "boxes": boxes_round(points), "score": score, **heat}
 
 
 def extent(images, fill):
@@ -500,31 +510,30 @@ def visible_size(frame):
 # ---- targets and losses -------------------------------------------------------------------------------------
 
 def make_targets(example, points, bins, contour, sampling, released=False, box=False, pseudo=None, raw=None):
-    """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end.
+    """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end, and its annotated box, `boxes`
+    (E,4), on the canvas.
 
-    box: the corners of the annotated box instead of the mask's contour. pseudo: {expression: RLE} of masks that stand for the
+    box: the corners of that box instead of the mask's contour. pseudo: {expression: RLE} of masks that stand for the
     annotated ones. raw: {expression: (P,2) points in the image's frame} that are taken as they are.
     """
-    frame, size, pseudo, raw = example.frame, visible_size(example.frame), pseudo or {}, raw or {}
-    rows = np.full((len(example.expressions), 2 if box else points, 2), bins, np.int64)
-    expressions, wanted, lines = example.expressions.tolist(), {}, {}
-    for e, k in zip(expressions, example.mask_of.tolist()):  # contours to trace; sentences about the same objects share one
-        if not box and e not in raw:
-            key = (e,) if e in pseudo else k
-            wanted[e] = key
-            lines.setdefault(key, masks.decode(pseudo[e], checked=True) if e in pseudo else example.meant[k])
-    if lines:
-        shares = frame.masks_in(np.stack(list(lines.values()))).numpy()
-        lines = {key: sequence(share, points, contour, sampling) for key, share in zip(lines, shares)}
+    frame, pseudo, raw, expressions = example.frame, pseudo or {}, raw or {}, example.expressions.tolist()
+    boxes = frame.boxes_in(np.stack([example.dataset.expression_box(e) for e in expressions]))
+    back = -1 if frame.flipped else 1                            # clockwise in the mirror, too
+    lines = dict(zip(expressions, boxes.reshape(-1, 2, 2))) if box else {
+        e: frame.points_in(raw[e])[::back][:points] for e in expressions if e in raw}
+    keys, shapes = {}, {}                                        # contours to trace; sentences about the same objects share one
+    for e, k in zip(expressions, example.mask_of.tolist()):
+        if e not in lines:
+            keys[e] = (e,) if e in pseudo else k
+            shapes.setdefault(keys[e], masks.decode(pseudo[e], checked=True) if e in pseudo else example.meant[k])
+    if shapes:
+        shares = frame.masks_in(np.stack(list(shapes.values()))).numpy()
+        traced = {key: sequence(share, points, contour, sampling) for key, share in zip(shapes, shares)}
+        lines |= {e: traced[key] for e, key in keys.items()}
+    rows = np.full((len(expressions), 2 if box else points, 2), bins, np.int64)
     for row, e in zip(rows, expressions):
-        if box:
-            corners = frame.boxes_in(example.dataset.expression_box(e)).reshape(2, 2)
-        elif e in raw:
-            corners = frame.points_in(raw[e])[::-1 if frame.flipped else 1][:points]  # clockwise in the mirror, too
-        else:
-            corners = lines[wanted[e]]
-        row[:len(corners)] = quantise(corners, size, bins, released)
-    return {"tokens": torch.from_numpy(rows).flatten(1)}
+        row[:len(lines[e])] = quantise(lines[e], visible_size(frame), bins, released)
+    return {"tokens": torch.from_numpy(rows).flatten(1), "boxes": torch.from_numpy(boxes).float()}
 
 
 def sequence(share, points, contour, sampling):
@@ -576,12 +585,25 @@ def projection_loss(mask, box):
     return float(total)
 
 
-def loss_terms(logits, targets, args):
-    """Label-smoothed cross-entropy, the mean over a sequence's tokens, summed over the sentences: {name: scalar}."""
+def cover(boxes, h, w, stride):
+    """Which share of each of h x w cells of `stride` pixels boxes (E,4) cover: (E,h,w)."""
+    near, far = ([torch.arange(side, device=boxes.device) * stride + more for side in (w, h)] for more in (0, stride))
+    x, y = ((boxes[:, i + 2, None].minimum(far[i]) - boxes[:, i, None].maximum(near[i])).clamp(min=0) / stride for i in (0, 1))
+    return y[:, :, None] * x[:, None]
+
+
+def loss_terms(out, targets, args):
+    """Label-smoothed cross-entropy, the mean over a sequence's tokens, and that over the cells, each summed over the sentences:
+    {name: scalar}."""
     truth = F.pad(targets["tokens"], (0, 1), value=args.bins)                            # (E, 2P+1)
-    loss = F.cross_entropy(logits.float().transpose(1, 2), truth, reduction="none", label_smoothing=args.smoothing)
+    loss = F.cross_entropy(out["logits"].float().transpose(1, 2), truth, reduction="none", label_smoothing=args.smoothing)
     weight = torch.where((truth == args.bins) & (args.stage != "rec"), args.eos_weight, 1.0)
-    return {"ce": (loss * weight).mean(1).sum()}
+    terms = {"ce": (loss * weight).mean(1).sum()}
+    if args.locate:
+        covered = cover(targets["boxes"], *out["where"].shape[1:], args.size / out["where"].shape[2]).flatten(1)
+        share = covered / covered.sum(1, keepdim=True).clamp(min=1e-6)
+        terms["locate"] = args.locate * F.cross_entropy(out["where"].float().flatten(1), share, reduction="sum")
+    return terms
 
 
 def narrowed(dataset, chosen):
@@ -600,14 +622,14 @@ def has_masks(args, dataset):
     return np.array([all(kept[i] for i in meant) for meant in dataset.objects_of])
 
 
-def training_view(args, train_set, folder):
-    """What a stage learns from: the boxes of all sentences, the masks of some, or those with pseudo masks."""
+def training_view(args, train_set, labels):
+    """What a stage learns from: the boxes of all sentences, the masks of some, or those with pseudo masks, of the file `labels`."""
     if args.stage == "rec":
         return train_set.view(expression_mask=partial(box_mask, train_set), targets=partial(train_set.targets, box=True))
     supervised = has_masks(args, train_set)
     if args.stage in ROWS:
         return narrowed(train_set, supervised)
-    pseudo, raw = read_pseudo(folder.parent / "pseudo" / "masks.json", train_set, args.threshold)
+    pseudo, raw = read_pseudo(labels, train_set, args.threshold)
     supervised[list(pseudo)] = True
     view = narrowed(train_set, supervised)
     return view.view(expression_mask=partial(mixed_mask, train_set, pseudo),
@@ -831,7 +853,7 @@ def snapshot(args, model, vocabulary, step, best):
             "vocabulary": list(vocabulary), "model": model.state_dict()}
 
 
-LATER = dict.fromkeys(ROWS, {"rows", "rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "threshold", "rpp"})
+LATER = dict.fromkeys(ROWS, {"rows", "rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "pseudo_from", "threshold", "rpp"})
 LATER["retrain"] = {"rows", "rec_epochs"}
 LATER["rec"] = LATER["res"] - {"stage_lr"} | {"ratio", "sigma", "contour", "sampling", "eos_weight"}  # what a stage does not see
 
@@ -864,8 +886,8 @@ class stop_signal:
 
 def transfer(model, begun, path, args):
     """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images.
-    PMCA's may be missing, and of another number of points as many places are taken as there are. Raises UserError where the
-    rest differs."""
+    PMCA's may be missing, the locator's too, or be left over; of another number of points as many places are taken as there
+    are. Raises UserError where the rest differs."""
     if "coordinates.weight" not in begun["model"]:
         raise UserError(f"{path} was made by {begun['script']}.py and holds no SeqTR.")
     shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "bins")
@@ -875,13 +897,14 @@ def transfer(model, begun, path, args):
     own, theirs = model.state_dict(), dict(begun["model"])
     table = theirs["places.weight"][:len(own["places.weight"])]
     theirs["places.weight"] = torch.cat([table, own["places.weight"][len(table):]])
-    theirs |= {name: value for name, value in own.items() if ".pmca." in name and name not in theirs}
+    theirs = {name: value for name, value in own.items() if ".pmca." in name or "locator." in name} | theirs
+    theirs = {name: value for name, value in theirs.items() if name in own or "locator." not in name}
     checkpoint.load_model(model, {"model": theirs}, path)
     return bool(begun["args"].get("leaky_init"))
 
 
-def run_stage(args, ranks, folder, origin):
-    """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None."""
+def run_stage(args, ranks, folder, origin, labels):
+    """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None; labels: the file of pseudo labels."""
     torch.manual_seed(args.seed)
     train_path, begun = data.split_path(args.data_root, args.dataset, "train"), checkpoint.load(origin) if origin else None
     released = args.base == "released"
@@ -927,7 +950,7 @@ def run_stage(args, ranks, folder, origin):
     if args.stage == "res" and ranks.main and not state:
         bound = polygon_bound(val_set.view(targets=targets), args.bins, released)
         print(f"{args.points} points of the true masks reach mIoU {bound:.2f} on val", flush=True)
-    train(args, ranks, folder, state, model, vocabulary, training_view(args, train_set, folder), val_set)
+    train(args, ranks, folder, state, model, vocabulary, training_view(args, train_set, labels), val_set)
 
     best = (folder / "best.pt").stat().st_mtime
     scored = [folder / "eval" / f"{args.dataset}_{split}.json" for split in args.eval_splits]
@@ -939,22 +962,22 @@ def run_stage(args, ranks, folder, origin):
                   "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
 
 
-def print_stages(args, folder):
+def print_stages(args, folder, labels):
     """One table of what the stages reached, from the files that they left."""
     whole = f"--cctf {args.cctf} --pmca {args.pmca}" if "off" in (args.cctf, args.pmca) else "+ CCTF + PMCA"
-    labels = {"rec": "boxes", "baseline": "baseline", "cctf": "+ CCTF", "res": whole, "retrain": "+ retraining"}
+    names = {"rec": "boxes", "baseline": "baseline", "cctf": "+ CCTF", "res": whole, "retrain": "+ retraining"}
     print(f"{'stage':10}{'':26}{'split':>8}{'REC@0.5':>9}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}{'minutes':>9}   {folder}")
-    for stage, label in labels.items():
+    for stage, name in names.items():
         seconds = [math.nan, *(record["seconds"] for record in runlog.read_log(folder / stage) if "seconds" in record)]
         for split in args.eval_splits:
             path = folder / stage / "eval" / f"{args.dataset}_{split}.json"
             if path.is_file():
                 summary = read_json(path)
                 cells = ["-" if stage == "rec" else f"{summary[key]:.2f}" for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9")]
-                print(f"{stage:10}{label:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(f"{cell:>8}" for cell in cells)
+                print(f"{stage:10}{name:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(f"{cell:>8}" for cell in cells)
                       + f"{seconds[-1] / 60:>9.1f}")
-        if stage == "res" and (folder / "pseudo" / "masks.json").is_file():
-            values = np.array([label["D"] for label in read_json(folder / "pseudo" / "masks.json")["labels"]])
+        if stage == "res" and labels.is_file():
+            values = np.array([label["D"] for label in read_json(labels)["labels"]])
             print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")
 
 
@@ -976,20 +999,21 @@ def main(argv=None):
             distributed.barrier(ranks)
         folder = runlog.run_folder(args, Path(__file__).stem)
         args.resume = True  # a chain goes on from what is there
-        first = Path(args.rec_from) if args.rec_from else folder / "rec" / "best.pt"
+        first, labels = Path(args.rec_from or folder / "rec" / "best.pt"), Path(args.pseudo_from or folder / "pseudo" / "masks.json")
         origins = dict.fromkeys(STAGES, first) | {"rec": None, "pseudo": folder / "res" / "best.pt"}
         if args.retrain_from == "res":
             origins["retrain"] = folder / "res" / "best.pt"
-        unwanted = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows,
-                    "pseudo": args.ratio == 100, "retrain": args.ratio == 100}  # of all masks none is left to predict
+        all_known = args.ratio == 100  # none is left to predict
+        unwanted = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows, "res": args.pseudo_from,
+                    "pseudo": args.pseudo_from or all_known, "retrain": all_known}
         for stage in STAGES:
             if args.stage != stage and (args.stage != "all" or unwanted.get(stage)):
                 continue
             if origins[stage] and not origins[stage].is_file():
                 raise UserError(f"{origins[stage]} does not exist, which --stage {stage} begins with; run the stages before it.")
-            run_stage(of_stage(args, stage), ranks, folder / stage, origins[stage])
+            run_stage(of_stage(args, stage), ranks, folder / stage, origins[stage], labels)
         if ranks.main:
-            print_stages(args, folder)
+            print_stages(args, folder, labels)
     finally:
         distributed.finish()
 

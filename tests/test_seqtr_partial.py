@@ -55,11 +55,17 @@ def blob(seed=0, size=90):
     return contours.rasterise(points, size, size)
 
 
-def example(mask, frame=None, box=None, seed=0):
+def example(mask, frame=None, box=(0, 0, 1, 1), seed=0):
     height, width = mask.shape
     frame = frame or data.Frame(width, height, width, height, width, height)
     holder = type("Corpus", (), {"expression_box": lambda self, e: np.array(box, float)})()
     return data.Example(holder, 0, np.array([0]), mask[None], np.array([0]), frame, np.random.default_rng(seed))
+
+
+def loss_of(model, args, images, image_of, text, tokens):
+    """The sum of the terms, where the boxes are the upper left quarter of each picture."""
+    targets = {"tokens": tokens, "boxes": torch.tensor([[0.0, 0, 32, 32]]).expand(len(tokens), 4)}
+    return sum(partial_res.loss_terms(model(images, image_of, text, tokens), targets, args).values())
 
 
 def tokens_of(mask, points=5, bins=32, contour="largest", sampling="uniform", **more):
@@ -195,7 +201,7 @@ def test_every_row_trains_and_segments(flags):
     args, model = build(*flags)
     images, image_of, text, tokens = inputs()
     tokens = tokens[:, :2 * model.points]
-    partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, args)["ce"].backward()
+    loss_of(model, args, images, image_of, text, tokens).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())] == []
     with torch.inference_mode():
         out = model.eval().segment(model.encode_image(images), image_of, text)
@@ -208,7 +214,7 @@ def test_rows_differ():
     for flags in ROWS[:-1]:
         args, model = build(*flags)
         images, image_of, text, tokens = inputs()
-        key = round(partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, args)["ce"].item(), 5)
+        key = round(loss_of(model, args, images, image_of, text, tokens).item(), 5)
         assert key not in seen, (flags, seen.get(key))
         seen[key] = flags
 
@@ -245,9 +251,11 @@ def test_neither_padding_nor_neighbours_matter(flags):
     tokens = tokens[:, :2 * model.points]
     with torch.inference_mode():
         together = model(images, image_of, F.pad(text, (0, 3)), tokens)
-        alone = torch.cat([model(images[i:i + 1], torch.tensor([0]), text[i:i + 1], tokens[i:i + 1]) for i in range(3)])
+        alone = [model(images[i:i + 1], torch.tensor([0]), text[i:i + 1], tokens[i:i + 1]) for i in range(3)]
         floats = model(images.float() / 255, image_of, text, tokens)
-    assert torch.allclose(together, alone, atol=1e-4) and torch.allclose(together, floats, atol=1e-4)
+    for name, value in together.items():
+        assert torch.allclose(value, torch.cat([one[name] for one in alone]), atol=1e-4)
+        assert torch.allclose(value, floats[name], atol=1e-4)
 
 
 def test_padding_is_not_attended_to():
@@ -327,23 +335,28 @@ def test_pmca_by_hand(mode):
 
 
 def test_losses_by_hand():
-    args, _ = build("--smoothing", "0.1", "--eos-weight", "0.25")
+    args, _ = build("--smoothing", "0.1", "--eos-weight", "0.25", "--locate", "2")
     logits, tokens = torch.randn(2, 5, 33), torch.tensor([[1, 2, 3, 4], [5, 6, 32, 32]])
+    boxes, where = torch.tensor([[8.0, 16, 40, 24], [60, 60, 90, 90]]), torch.randn(2, 4, 4)  # on cells of 16 pixels
     total = 0
     for e, row in enumerate([[1, 2, 3, 4, 32], [5, 6, 32, 32, 32]]):
         for t, token in enumerate(row):
             log = logits[e, t].log_softmax(0)
             total -= (0.9 * log[token] + 0.1 * log.mean()) * (0.25 if token == 32 else 1) / 5
-    assert partial_res.loss_terms(logits, {"tokens": tokens}, args)["ce"].item() == pytest.approx(total.item(), rel=1e-5)
+    share = torch.zeros(2, 4, 4)
+    share[0, 1, :3], share[1, 3, 3] = torch.tensor([0.25, 0.5, 0.25]), 1
+    terms = partial_res.loss_terms({"logits": logits, "where": where}, {"tokens": tokens, "boxes": boxes}, args)
+    assert terms["ce"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert terms["locate"].item() == pytest.approx(-2 * (share * where.flatten(1).log_softmax(1).view_as(where)).sum().item(), rel=1e-5)
 
 
 def test_a_few_steps_learn():
     """The loss of one batch falls to a quarter, and the contour is then read back."""
-    args, model = build("--dropout", "0")
+    args, model = build("--dropout", "0", "--smoothing", "0", "--locate", "0")
     images, image_of, text, tokens = inputs()
     optimizer, first = torch.optim.AdamW(model.parameters(), lr=5e-3), None
     for _ in range(120):
-        loss = partial_res.loss_terms(model(images, image_of, text, tokens), {"tokens": tokens}, settings("--smoothing", "0"))["ce"] / 3
+        loss = loss_of(model, args, images, image_of, text, tokens) / 3
         first = first or loss.item()
         optimizer.zero_grad()
         loss.backward()
@@ -382,11 +395,12 @@ def test_average():
     assert averaged.weight.tolist() == [1.5, 1.5] and averaged.num_batches_tracked == 7
 
 
-@pytest.mark.parametrize("ratio, stage, rate", [(1, "res", 1e-4), (5, "res", 3e-4), (10, "res", 5e-4), (1, "retrain", 5e-4), (1, "rec", 5e-4)])
+@pytest.mark.parametrize("ratio, stage, rate", [(1, "res", 1e-4), (1, "baseline", 1e-4), (5, "res", 3e-4), (10, "res", 5e-4),
+                                                (1, "retrain", 5e-4), (1, "rec", 5e-4)])
 def test_rates_of_the_paper(ratio, stage, rate):
     args = partial_res.of_stage(parse(partial_res.get_parser(), ["--ratio", str(ratio)], own_yaml=partial_res.YAML), stage)
     assert partial_res.learning_rate(args, 500, 1000) == rate and partial_res.learning_rate(args, 900, 1000) == pytest.approx(rate / 10)
-    assert (args.cctf, args.pmca) == (("off", "off") if stage == "rec" else ("paper", "paper"))
+    assert (args.cctf, args.pmca) == (("off", "off") if stage in ("rec", "baseline") else ("paper", "paper"))
 
 
 def test_own_yaml_is_the_defaults():
@@ -439,11 +453,13 @@ def test_chain(chain, shapes):
     assert "REC@0.5" in rec["best"] and rec["args"]["cctf"] == "off" and not any(".pmca." in name for name in rec["model"])
 
 
-def test_of_all_masks_none_is_left_to_predict(chain, shapes):
+@pytest.mark.parametrize("flags, stage", [(["--ratio", "100"], "res"), (["--pseudo-from", "{out}/pseudo/masks.json", "--no-rpp"], "retrain")])
+def test_stages_that_are_not_needed(chain, shapes, tmp_path, flags, stage):
+    """Of all masks none is left to predict; labels of another run are taken as they are."""
     out, _ = chain
-    finish(*CHAIN, "--ratio", "100", "--data-root", shapes, "--out", out.parent / "all", "--rec-from", out / "rec" / "best.pt",
-           "--eval-splits", log=out.parent / "log")
-    assert {path.parent.name for path in (out.parent / "all").glob("*/*")} == {"res"} and not (out.parent / "all" / "res" / "eval").exists()
+    finish(*CHAIN, *(flag.format(out=out) for flag in flags), "--data-root", shapes, "--out", tmp_path / "r", "--rec-from",
+           out / "rec" / "best.pt", "--eval-splits", log=out.parent / "log")
+    assert {path.parent.name for path in (tmp_path / "r").glob("*/*")} == {stage} and not (tmp_path / "r" / stage / "eval").exists()
 
 
 def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
@@ -476,7 +492,7 @@ def test_what_retraining_learns_from(chain, shapes):
     assert len(pseudo) == len(prepared["labels"]) - 2 and len(partial_res.read_pseudo(path, train, math.inf)[0]) == len(pseudo) + 1
     for flags, expected in (([], 5), (["--no-rpp"], 3)):
         args.rpp, args.threshold = not flags, 0.1
-        view = partial_res.training_view(args, train, path.parents[1] / "retrain")
+        view = partial_res.training_view(args, train, path)
         assert sum(map(len, view.of_image)) == supervised.sum() + len(pseudo)
         view.encode, view.canvas = partial_res.frontend(args, VOCABULARY)
         e = next(e for e in pseudo if sum(view.objects_of[o] == view.objects_of[e] for o in pseudo) > 1)

@@ -179,10 +179,10 @@ def test_converted_seqtr_is_theirs(monkeypatch, tmp_path, capsys, state):
     images[0, :, :40] = picture
     words = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
-        ours = model(images, torch.tensor([0]), words, tokens[None])[0]
+        ours = model(images, torch.tensor([0]), words, tokens[None])["logits"][0]
         theirs = their_logits(state, F.pad(picture.float(), (0, 0, 0, 56)), F.pad(words[0], (0, 11)), (96, 40), tokens)
         assert theirs.std() > 0.1 and torch.allclose(ours, theirs, atol=2e-3 * theirs.abs().max())
-        assert torch.allclose(ours, model(images.float() / 255, torch.tensor([0]), words, tokens[None])[0], atol=1e-3)
+        assert torch.allclose(ours, model(images.float() / 255, torch.tensor([0]), words, tokens[None])["logits"][0], atol=1e-3)
         features = model.encode_image(images)
         out = model.segment(features, torch.tensor([0]), words)
         said = model.generate(model.encode(features, torch.tensor([0]), words))[0]

@@ -631,7 +631,8 @@ def workers(jobs):
     if jobs <= 1:
         yield map
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    # forked, because a process that starts afresh would import the training script that draws its corpus, and torch, anew
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield partial(pool.imap, chunksize=20)
         pool.close()
         pool.join()

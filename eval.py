@@ -146,7 +146,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} was made with settings that {state['script']}.py does not know: {', '.join(unknown)}.")
     for key, default in vars(settings).items():
         value = state["args"].get(key, default)
-        same = isinstance(value, (int, float)) and type(value) is not bool if type(default) is float else type(value) is type(default)
+        same = type(value) in (int, float) if type(default) is float else type(value) is type(default)
         if default is not None and not same:
             raise UserError(f"{path} was made with --{key.replace('_', '-')} {value!r:.40}, which is no {type(default).__name__}.")
     vars(settings).update(state["args"])
@@ -160,7 +160,8 @@ def build(path, state, script, settings, device):
         model = script.build_model(settings, vocabulary)
     except Exception as error:  # what another program wrote into the settings may raise nearly anything
         reason = " ".join(f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{error}".split())
-        raise UserError(f"{path} holds settings or a vocabulary from which {script.__name__}.py builds no model ({reason:.200}).") from error
+        raise UserError(f"{path} holds settings or a vocabulary from which {script.__name__}.py builds no model "
+                        f"({reason:.200}).") from error
     checkpoint.load_model(model, state, path)
     return model.to(device).eval(), vocabulary
 
@@ -212,8 +213,8 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     dataset = data.RefDataset(data.split_path(root, name, split), *script.frontend(settings, vocabulary), targets)
     if any(dataset.class_maps):
         return score_class_maps(args, ranks, path, settings, model, state, dataset)
-    if classmaps.changed(args):
-        raise UserError(f"--{next(iter(classmaps.changed(args))).replace('_', '-')} is for corpora with class maps; {name} has none.")
+    for key in classmaps.changed(args):
+        raise UserError(f"--{key.replace('_', '-')} is for corpora with class maps; {name} has none.")
     if args.shuffle_expressions:
         dataset = metrics.shuffled(dataset)
     base = result_file(path, name, split, suffix_of(args))
@@ -571,13 +572,14 @@ def refuse_mixtures(args):
     found = {"--min-score": args.min_score != 0.5}
     task = "--describe" if args.describe else "--image" if args.image and args.task == "res" else f"--task {args.task}"
     unheeded = {"--describe": split | how | scored | sentences | {"--text": args.text},
-                "--image": split | scored | sentences | search | found, "--task reg": how | scored | found | {"--image": args.image}}
+                "--image": split | scored | sentences | search | found,
+                "--task reg": how | scored | found | {"--image": args.image}}
     given = [flag for flag, value in unheeded.get(task, sentences | search | found | {"--image": args.image}).items() if value]
     if given:
         raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")
-    needing = [flag for flag, value in {"--describe": args.describe, "--text": args.text, "--out": args.out != OUT}.items() if value]
-    if needing and not args.image:
-        raise UserError(f"{needing[0]} needs --image, a picture of your own.")
+    for flag, value in (("--describe", args.describe), ("--text", args.text), ("--out", args.out != OUT)):
+        if value and not args.image:
+            raise UserError(f"{flag} needs --image, a picture of your own.")
     if min(args.beams, args.max_length, args.human_study) < 0:
         raise UserError("--beams, --max-length and --human-study are numbers from 0 on.")
 

@@ -115,7 +115,7 @@ def edit(path, change):
     (["train_lts.py", *TINY, "--data-root", "{data}", "--size", "60"], "not a multiple of 32"),
     (["train_lts.py", *TINY, "--data-root", "{data}", "--no-fusion", "--no-filter"], "no way into the model"),
     (["train_lts.py", *TINY, "--data-root", "{data}", "--weights", "{tmp}/none.pt", "--out", "{tmp}/a"], "none.pt does not exist"),
-    (["train_lts.py", *TINY, "--data-root", "{data}", "--out", "{run}", "--resume", "--lr", "1"], "--lr 0.003; give the same"),
+    (["train_lts.py", *TINY, "--data-root", "{data}", "--out", "{run}", "--resume", "--lr", "1"], "; give the same settings to --resume"),
     (["train_lts.py", *TINY, "--data-root", "{broken}", "--out", "{tmp}/b"], "cannot be read as a picture"),
     (["train_lts.py", *TINY, "--data-root", "{data}", "--lr", "1e30", "--clip", "0", "--out", "{tmp}/c"], "loss is not finite at step"),
     (["eval.py", "--run", "{tmp}"], "best.pt does not exist"),

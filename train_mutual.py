@@ -19,8 +19,9 @@ Stages, each in a folder of its own below the run's; a chain goes on from what i
 
 Where the paper is silent
   target     the proposal k of a sentence is the one that Mask2Former's matching gives its object (last layer, with class,
-             among all objects of the image). In stages 2, generate, rb and in testing, where labels are not given, matching
-             is class-free on whole masks. Of more objects than proposals those left over teach no head and get no sentence.
+             among all objects of the image). In stages 2, generate, rb and in testing, where labels are not given, whole
+             masks are matched and p(any class) stands for that of the class: of two proposals with one mask the heads learnt
+             of the surer. Of more objects than proposals those left over teach no head and get no sentence.
   losses     L = L_mask2former + L_sel + L_gen, weights 1 (flags); L_sel is cross-entropy over the N proposals, the softmax of
              Eq. 5; L_gen the sum of Eq. 2 over a sentence's pieces. All N proposals take part, there is no score threshold.
   heads      as wide as Mask2Former: C = 256, 8 heads, 2048; post-norm, dropout 0.1. O is what the class and mask heads read.
@@ -31,6 +32,7 @@ Where the paper is silent
   E2E        without it the heads read O without a gradient, so that the extractor learns from its own loss alone.
   indicator  without it the generation head sees O_k alone (Sec. 3.2).
   pseudo     the weight acts on L_sel; the generation head does not learn from its own sentences. Masks of the pool are real.
+             Both losses are divided by their mean weight, or the pool's images would weaken them against L_mask2former.
              `--pseudo-filter random` keeps as many instances as the area would.
   step 3     begins with the pre-trained extractor, as step 1 does, and visits real and generated sentences alike.
   images     the longer side is resized to --size and the shorter padded. Large-scale jitter in pretrain alone: sentences name
@@ -161,6 +163,7 @@ def get_parser():
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
     add("--m2f-weight", type=float, default=1.0, help="of Mask2Former's losses in steps 1 and 3")
+    add("--class-weight", type=float, default=2.0, help="of the class among them, where each of the masks' two has 5; Mask2Former's")
     add("--sel-weight", type=float, default=1.0, help="of L_sel")
     add("--gen-weight", type=float, default=1.0, help="of L_gen, Eq. 2")
     add("--schedule", choices=("step", "cosine"), default="step",
@@ -255,7 +258,7 @@ class Mutual(nn.Module):
         counts = targets["count"].tolist()
         scenes = [{"labels": labels, "masks": masks} for labels, masks in
                   zip(targets["labels"].split(counts), targets["masks"].split(counts))]
-        losses = criterion(outputs, scenes, masks_per_image * len(images), points=self.use.points)
+        losses = criterion(outputs, scenes, masks_per_image * len(images), (self.use.class_weight, 5.0, 5.0), points=self.use.points)
         out = {"m2f": losses["loss"] * len(images)}
         if self.stage == "pretrain":
             return out
@@ -303,7 +306,7 @@ class Mutual(nn.Module):
         """The proposals k (K,) of objects: their masks (K,H,W) bool on the canvas, at any stride, and images image_of (K,).
 
         Bipartite matching (Sec. 3.2) among an image's objects, which are given together, by Mask2Former's mask costs on
-        whole masks, whatever their class; -1 where an image has more objects than proposals.
+        whole masks and by p(any class) in place of p(its class); -1 where an image has more objects than proposals.
         """
         k = torch.full((len(masks),), -1, device=image_of.device)
         masks = filled_boxes(masks) if self.use.input == "box" else masks
@@ -312,7 +315,9 @@ class Mutual(nn.Module):
         for b in image_of.unique().tolist():
             own = torch.nonzero(image_of == b).squeeze(1)
             bce, dice = mask_costs(features["masks"][b].float().flatten(1), truth[own])
-            queries, found = linear_sum_assignment(torch.nan_to_num(5 * bce + 5 * dice, 1e9, 1e9, 1e9).cpu().numpy())
+            nothing = features["classes"][b].float().softmax(-1)[:, -1:]
+            cost = torch.nan_to_num(2 * nothing + 5 * bce + 5 * dice, 1e9, 1e9, 1e9)
+            queries, found = linear_sum_assignment(cost.cpu().numpy())
             k[own[torch.as_tensor(found, device=k.device)]] = torch.as_tensor(queries, device=k.device)
         return k
 
@@ -935,6 +940,12 @@ def parameter_groups(args, model):
     return [{"params": group, "share": share, "weight_decay": decay} for (share, decay), group in groups.items()]
 
 
+def mean_weights(args, dataset):
+    """What a sentence weighs in L_sel and L_gen on average; below 1 where some are generated."""
+    generated = float(np.mean([source == "generated" for source in dataset.sources]))
+    return {"sel": 1 - generated * (1 - args.pseudo_weight), "gen": 1 - generated}
+
+
 def clip_gradients(args, model):
     """Clip the extractor's gradient to --clip and the heads' to --clip-heads; returns the norm of both before that."""
     parts = ((args.clip, (model.extractor,)), (args.clip_heads, (model.selector, model.generator)))
@@ -955,6 +966,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, beg
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
     forward = torch.compile(wrapped) if args.compile else wrapped
     rewards_of = rewarder(args, model, vocabulary, train_set) if args.stage == ["2"] else None
+    weigh = mean_weights(args, train_set)
 
     plan = lambda epoch: data.plan_epoch(train_set, epoch, args.seed, args.batch_size,  # noqa: E731
                                          args.expressions_per_image, args.epoch_unit)
@@ -991,7 +1003,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, beg
                 rate = learning_rate(args, step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["share"]
-                count = lambda name: len(keys) if name == "m2f" else sentences  # noqa: E731
+                count = lambda name: len(keys) if name == "m2f" else sentences * weigh.get(name, 1.0)  # noqa: E731
                 sums, shown = {}, {}
                 for micro in range(args.accum):
                     batch = next(loaded).to(ranks.device)

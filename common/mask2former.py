@@ -103,11 +103,14 @@ def sample(maps, points):
 
 
 def sample_masks(masks, points):
-    """What `sample` gives, for target masks (M,H,W) of any type, without a float copy of them and without gradient."""
+    """What `sample` gives, for target masks (M,H,W) of any type, without a float copy of them and without gradient.
+
+    points: (M,P,2), or (1,P,2) where all masks share them.
+    """
     size = torch.tensor(masks.shape[:-3:-1], device=points.device, dtype=torch.int32)
     index, weight = corners(points * size, size)
-    values = masks.flatten(1).gather(1, index.flatten(1).long()).view(weight.shape)
-    return (values * weight).sum(-1)
+    values = masks.flatten(1).gather(1, index.flatten(1).long().expand(len(masks), -1))
+    return (values.unflatten(1, weight.shape[1:]) * weight).sum(-1)
 
 
 # ---- pixel decoder ------------------------------------------------------------------------------------------
@@ -419,7 +422,7 @@ def match(logits, masks, labels, truth, points, weights=(2.0, 5.0, 5.0)):
         return labels.new_zeros(0), labels.new_zeros(0)
     points = points[None]
     at = F.grid_sample(masks.float()[None], 2 * points[:, :, None] - 1, align_corners=False)[0, :, :, 0]  # (N, P)
-    bce, dice = mask_costs(at, sample_masks(truth, points.expand(len(truth), -1, -1)))
+    bce, dice = mask_costs(at, sample_masks(truth, points))
     cost = weights[0] * -logits.float().softmax(-1)[:, labels] + weights[1] * bce + weights[2] * dice
     pairs = linear_sum_assignment(torch.nan_to_num(cost, 1e9, 1e9, 1e9).cpu().numpy())
     return tuple(torch.as_tensor(side, device=labels.device) for side in pairs)
@@ -428,13 +431,13 @@ def match(logits, masks, labels, truth, points, weights=(2.0, 5.0, 5.0)):
 # ---- losses -------------------------------------------------------------------------------------------------
 
 def criterion(outputs, targets, num_masks=None, weights=(2.0, 5.0, 5.0), no_object=0.1, points=12544, oversample=3,
-              importance=0.75):
+              importance=0.75, costs=(2.0, 5.0, 5.0)):
     """Mask2Former's losses (Sec. 3.3 and 4.1) on the last and all `aux` outputs, each matched for itself.
 
     targets: for each image {"labels": (n,) int64, "masks": (n,H,W) bool over the canvas}; n may be 0. num_masks: what
     the mask losses are divided by, the mean count of targets per rank; this batch's own without it, at least 1. The
     weights of the class loss are summed by it, too, so that the gradient of a step does not depend on its ranks.
-    weights: of class, BCE and Dice, in the costs and in the losses. no_object: the class weight of unmatched queries.
+    weights, costs: of class, BCE and Dice, in the losses and in matching. no_object: the class weight of unmatched queries.
     points: places per mask; `importance` of them are the most uncertain of points * oversample random ones.
     Returns {"loss": their sum, with gradient; "class", "mask", "dice": its parts, detached; "matches": [(queries,
     targets)] of the last output, for each image}.
@@ -445,7 +448,7 @@ def criterion(outputs, targets, num_masks=None, weights=(2.0, 5.0, 5.0), no_obje
     for output in [outputs, *outputs.get("aux", [])]:
         logits, masks = output["pred_logits"].float(), output["pred_masks"]
         matches = [match(logits[b], masks[b], target["labels"], target["masks"],
-                         torch.rand(points, 2, device=logits.device), weights) for b, target in enumerate(targets)]
+                         torch.rand(points, 2, device=logits.device), costs) for b, target in enumerate(targets)]
         last = matches if last is None else last
         mask, dice = mask_losses(masks, targets, matches, points, oversample, importance)
         parts = torch.stack([class_loss(logits, targets, matches, no_object, given), mask / num_masks, dice / num_masks])

@@ -3,6 +3,7 @@ import itertools
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.test_learns import sixteen  # noqa: F401: a fixture
 YAML = ["--yaml", "yaml/mutual_refshapes.yaml"]
 TINY = [*YAML, *("--size 64 --dim 16 --heads 2 --ffn 16 --encoder-ffn 16 --decoder-layers 1 --queries 6 --head-layers 2 --bert-layers 1 "
                  "--bert-dim 16 --bert-heads 2 --points 32 --batch-size 4 --pretrain-batch-size 4 --dsup-batch-size 4").split(),
-        "--eval-splits"]
+        "--described", "1", "--eval-splits"]
 STEPS = ["--pretrain-steps", "2", "--max-steps", "2", "--dsup-steps", "2", "--rb-steps", "2", "--min-area", "0"]
 VOCABULARY = WordPiece([*SPECIAL, "red", "blue", "ball", "box", "left"])
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
@@ -105,6 +106,8 @@ def test_eq2_and_weights_by_hand():
     gen = sum(words[e, t].softmax(-1)[text[e, t + 1]].log() for e in (0, 2) for t in range(text.shape[1] - 1) if text[e, t + 1])
     sel = sum(weight * scores[e].softmax(-1)[k[e]].log() for e, weight in ((0, 1), (1, 0.1), (2, 1)))
     assert torch.allclose(terms["gen"], -2 * gen) and torch.allclose(terms["sel"], -sel)
+    weighs = mutual.mean_weights(args, SimpleNamespace(sources=["generated", "", "", ""]))
+    assert weighs == pytest.approx({"sel": (0.1 + 3) / 4, "gen": 3 / 4})
 
 
 def test_eq3_equals_its_plain_form():
@@ -197,6 +200,10 @@ def test_locate_none_one_and_a_hundred():
     own = F.interpolate((seen["masks"] > 0).float(), scale_factor=4).bool()                       # proposals' masks as objects
     k = model.locate(seen, torch.tensor([0, 1, 1]), torch.stack([own[0, 4], own[1, 2], own[1, 0]]))
     assert k.tolist() == [4, 2, 0]
+    twins = {**seen, "masks": seen["masks"][:, [0, 1, 2, 3, 4, 4]], "classes": seen["classes"].clone()}
+    for surer in (4, 5):
+        twins["classes"][0, 4:, -1] = 9 * (torch.tensor([4, 5]) != surer)
+        assert model.locate(twins, torch.tensor([0]), own[:1, 4]).tolist() == [surer]
     assert model.locate(seen, torch.zeros(0, dtype=torch.int64), own[0, :0]).shape == (0,)
     many = model.locate(seen, torch.zeros(100, dtype=torch.int64), torch.rand(100, 64, 64) > 0.5)
     assert sorted(many[many >= 0].tolist()) == list(range(6)) and (many == -1).sum() == 94
@@ -428,8 +435,8 @@ def test_overfits_sixteen_images(sixteen):  # noqa: F811
     shutil.copy(sixteen / "cocoshapes" / "train.json", sixteen / "cocoshapes" / "val.json")
     out = sixteen / "run"
     done = command("train_mutual.py", *YAML, "--data-root", sixteen, "--out", out, *(
-        "--stage pretrain 1 --flip 0 --jitter 1 1 --jitter-flip 0 --size 160 --pretrain-steps 500 --max-steps 1500 --eval-every 100000 "
-        "--eval-splits val").split(), timeout=3000)
+        "--stage pretrain 1 --described 1 --flip 0 --jitter 1 1 --jitter-flip 0 --size 160 --pretrain-steps 500 --max-steps 1500 "
+        "--eval-every 100000 --eval-splits val").split(), timeout=3000)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "1" / "eval" / "refshapes_val.json").read_text())["mIoU"] >= 90
     rows = [json.loads(line) for line in (out / "1" / "eval" / "refshapes_val_reg.jsonl").read_text().splitlines()]

@@ -116,7 +116,7 @@ def frontend(args, vocabulary):
 # paper), F_m2 and F_m1 at two and four times that stride, P_mask at half of it.
 
 BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
-             "small": lambda: Small(24, (1, 2, 5))}
+             "small": lambda: Small(24, (1, 3, 4))}
 
 
 class LTS(nn.Module):

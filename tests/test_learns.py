@@ -25,6 +25,9 @@ def sixteen(tmp_path):
     ("train_pks.py", "yaml/pks_refshapes.yaml", ["--epochs", "350", "--size", "192"], "", 0.90),  # masks have a quarter of that
     ("train_seqtr_partial.py", "yaml/seqtr_partial_refshapes.yaml",
      ["--ratio", "100", "--rec-epochs", "250", "--epochs", "350"], "res", 0.95),  # of what its polygons allow
+    ("train_tseg.py", "yaml/tseg_refshapes.yaml",  # patches finer than its objects
+     ["--full", "--patch", "4", "--size", "96", "--scale", "1", "1", "--weight-decay", "0", "--workers", "0", "--epochs", "900"],
+     "", 0.90),
 ])
 def test_overfits_sixteen_images(sixteen, script, yaml, flags, stage, share):
     out = sixteen / "run"

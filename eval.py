@@ -426,7 +426,9 @@ def write_report(args, path, script, settings, model, device, scored, other=None
             "CIDEr": [(r["step"], r["val_CIDEr"]) for r in records if "val_CIDEr" in r]}},
         "Learning rate": {"x": "step", "y": "lr", "series": {"lr": [(r["step"], r["lr"]) for r in records if "lr" in r]}},
     }
-    curves = {title: curve for title, curve in curves.items() if any(curve["series"].values())}
+    for curve in curves.values():  # a method logs what it has: no line, and no legend, for the rest
+        curve["series"] = {name: points for name, points in curve["series"].items() if points}
+    curves = {title: curve for title, curve in curves.items() if curve["series"]}
     environment = path.parent / "env.txt"
     made = environment.read_text(encoding="utf-8", errors="replace") if environment.is_file() else ""
     warnings = {summary["warning"] for summary, _, _ in scored if "warning" in summary}

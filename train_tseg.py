@@ -127,6 +127,7 @@ def frontend(args, vocabulary):
             (args.size % args.patch, f"--size {args.size} is not a multiple of --patch {args.patch}."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
+            (args.init_part != "all" and not args.init, f"--init-part {args.init_part} is a part of what --init names: give --init."),
             (args.full and args.pretrain, "--full learns from masks and --pretrain from boxes: give one of them."),
             (args.texts == "classes" and (args.full or args.pretrain or args.labels == "tfidf"),
              "--texts classes is for learning from image labels: leave out --full, --pretrain and --labels tfidf.")):

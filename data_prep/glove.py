@@ -103,6 +103,7 @@ def load_words(path):
         folder = Path(path).parent
         raise UserError(f"{path}: there is no such file; `python -m data_prep.glove --glove glove.840B.300d.txt --dataset {folder.name} "
                         f"--data-root {folder.parent}` makes it, or train the words from nothing with --embeddings random") from None
+    # what zipfile and numpy raise for damage in the archive, in a member's compression or in an array's header
     except (OSError, KeyError, ValueError, EOFError, MemoryError, SyntaxError, RuntimeError, NotImplementedError,
             struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole words.npz ({type(error).__name__}); {advice}") from None

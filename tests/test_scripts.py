@@ -42,6 +42,7 @@ def test_run_folder(trained):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
     best = max((r for r in records if "val_mIoU" in r), key=lambda r: r["val_mIoU"])
     assert checkpoint.load(trained / "best.pt")["best"] == {"mIoU": best["val_mIoU"], "step": best["step"]}
+    assert "(no data)" not in (trained / "report.html").read_text()  # as of a score that this method does not log
 
 
 def test_batches_do_not_matter(trained, evaluate, tmp_path):

@@ -402,7 +402,7 @@ def test_full_changes_optimiser_and_size():
 
 @pytest.mark.parametrize("flags, says", [
     (["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"), (["--max-words", "600"], "510 pieces"),
-    (["--full", "--pretrain", "boxes"], "one of them"), (["--texts", "classes", "--full"], "--texts classes is for")])
+    (["--init-part", "vision"], "give --init"), (["--full", "--pretrain", "boxes"], "one of them"), (["--texts", "classes", "--full"], "--texts classes is for")])
 def test_settings_that_cannot_be(flags, says):
     args = parse(train_tseg.get_parser(), [*TINY, *flags])
     with pytest.raises(UserError, match=says):

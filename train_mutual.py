@@ -34,7 +34,8 @@ Where the paper is silent
   pseudo     the weight acts on L_sel; the generation head does not learn from its own sentences. Masks of the pool are real.
              Both losses are divided by their mean weight, or the pool's images would weaken them against L_mask2former.
              `--pseudo-filter random` keeps as many instances as the area would.
-  step 3     begins with the pre-trained extractor, as step 1 does, and visits real and generated sentences alike.
+  step 3     "retrains the network": `--retrain-from pretrain` begins with the pre-trained extractor, as step 1 does, `1` with
+             all of step 1. It visits real and generated sentences alike.
   images     the longer side is resized to --size and the shorter padded. Large-scale jitter in pretrain alone: sentences name
              places.
   lr         5e-4 is read as that of decoder and heads, the backbone and BERT have a tenth (Mask2Former's rule).
@@ -99,6 +100,7 @@ def get_parser():
     add("--dsup-lr", type=float, default=1e-6, help="of stage 2; App. B")
     add("--dsup-batch-size", type=int, default=4, help="of stage 2; App. B")
     add("--rb-steps", type=int, default=90000, help="of stage rb; silent, step 1's")
+    add("--retrain-from", choices=("pretrain", "1"), default="pretrain", help="what step 3 begins with; silent")
     add("--coco", default="coco",
         help="folder below --data-root with train.json, val.json and pool.json of `python -m data_prep.coco`")
     add = parser.add_argument_group("input").add_argument
@@ -940,9 +942,9 @@ def parameter_groups(args, model):
     return [{"params": group, "share": share, "weight_decay": decay} for (share, decay), group in groups.items()]
 
 
-def mean_weights(args, dataset):
-    """What a sentence weighs in L_sel and L_gen on average; below 1 where some are generated."""
-    generated = float(np.mean([source == "generated" for source in dataset.sources]))
+def mean_weights(args, dataset, batches):
+    """What a sentence of an epoch's batches weighs in L_sel and L_gen on average; below 1 where some are generated."""
+    generated = float(np.mean([dataset.sources[e] == "generated" for keys in batches for key in keys for e in key[2]]))
     return {"sel": 1 - generated * (1 - args.pseudo_weight), "gen": 1 - generated}
 
 
@@ -966,12 +968,12 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, beg
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if ranks.world > 1 else model
     forward = torch.compile(wrapped) if args.compile else wrapped
     rewards_of = rewarder(args, model, vocabulary, train_set) if args.stage == ["2"] else None
-    weigh = mean_weights(args, train_set)
 
     plan = lambda epoch: data.plan_epoch(train_set, epoch, args.seed, args.batch_size,  # noqa: E731
                                          args.expressions_per_image, args.epoch_unit)
     steps_per_epoch = len(plan(0))
     steps = min(args.max_steps or args.epochs * steps_per_epoch, args.epochs * steps_per_epoch)
+    weigh = mean_weights(args, train_set, plan(0))
     measure = measure_of(args)
     step, best = 0, {measure: -1.0, "step": 0}
     if state:
@@ -1092,7 +1094,7 @@ def snapshot(args, model, vocabulary, step, best):
 ELSEWHERE = {"pretrain_steps", "pretrain_lr", "pretrain_batch_size", "pretrain_lr_drops", "dsup_steps", "dsup_lr",
              "dsup_batch_size", "rb_steps", "dsup", "gsup", "reuse", "beams"}
 ONLY_2 = {"reward", "score", "tau", "alpha", "hypotheses", "baseline"}
-ONLY_3 = {"expressions", "min_area", "pseudo_filter", "pseudo_weight"}
+ONLY_3 = {"expressions", "min_area", "pseudo_filter", "pseudo_weight", "retrain_from"}
 HEADS = {"described", "tasks", "e2e", "indicator", "m2f_weight", "sel_weight", "gen_weight", "bert_weights", "bert_lr", "clip_heads"}
 UNSEEN = {"pretrain": ONLY_2 | ONLY_3 | HEADS, "1": ONLY_2 | ONLY_3, "2": ONLY_3, "3": ONLY_2, "rb": ONLY_2 | ONLY_3 | {"described"}}
 
@@ -1141,6 +1143,8 @@ def begin(args, model, vocabulary, origin):
         leaky.append(transfer(model, origin["1" if stage == "2" else "describer"], vocabulary, TRAINED["1"]))
     elif stage == "rb":
         leaky.append(transfer(model, origin["1"], vocabulary, ("extractor", "generator")))
+    elif "1" in needed(args):  # step 3, of all that it has
+        return transfer(model, origin["1"], vocabulary, [name for name, _ in model.named_children()])
     elif stage == "pretrain":
         if args.weights.endswith(".pth"):
             extractor.load_swin_official(read_torch(args.weights))
@@ -1216,12 +1220,11 @@ def chosen_stages(args):
     return [stage for stage in STAGES if stage in args.stage]
 
 
-NEEDS = {"pretrain": (), "1": ("pretrain",), "2": ("1",), "generate": ("describer",), "3": ("pretrain", "generate"), "rb": ("1",)}
-
-
 def needed(args):
     """The stages that a stage begins with."""
-    return [name for name in NEEDS[args.stage[-1]] if not (name == "pretrain" and args.official)]
+    start = args.retrain_from if args.stage[-1] == "3" else "pretrain"
+    start = [] if start == "pretrain" and args.official else [start]
+    return {"pretrain": [], "1": start, "2": ["1"], "generate": ["describer"], "3": [*start, "generate"], "rb": ["1"]}[args.stage[-1]]
 
 
 def digest(path):

@@ -106,7 +106,8 @@ def test_eq2_and_weights_by_hand():
     gen = sum(words[e, t].softmax(-1)[text[e, t + 1]].log() for e in (0, 2) for t in range(text.shape[1] - 1) if text[e, t + 1])
     sel = sum(weight * scores[e].softmax(-1)[k[e]].log() for e, weight in ((0, 1), (1, 0.1), (2, 1)))
     assert torch.allclose(terms["gen"], -2 * gen) and torch.allclose(terms["sel"], -sel)
-    weighs = mutual.mean_weights(args, SimpleNamespace(sources=["generated", "", "", ""]))
+    batches = [[(0, 0, [0, 1]), (0, 1, [2])], [(0, 2, [3])]]  # the fifth sentence is not drawn
+    weighs = mutual.mean_weights(args, SimpleNamespace(sources=["generated", "", "", "", "generated"]), batches)
     assert weighs == pytest.approx({"sel": (0.1 + 3) / 4, "gen": 3 / 4})
 
 
@@ -407,6 +408,13 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     (folder / "done.json").unlink()
     with pytest.raises(UserError, match="holds sentences of other weights"):
         mutual.main([*flags, "--stage", "generate", "--expressions", "2"])
+
+    # step 3 on top of step 1
+    args = mutual.of_stage(parse(mutual.get_parser(), [*flags, "--retrain-from", "1"]), "3")
+    model, vocabulary = mutual.build_model(args, mutual.load_vocabulary(args)), mutual.load_vocabulary(args)
+    mutual.begin(args, model, vocabulary, mutual.origins(args, out))
+    one = checkpoint.load(out / "1" / "best.pt")["model"]
+    assert mutual.needed(args) == ["1", "generate"] and all(torch.equal(one[name], value) for name, value in model.state_dict().items())
 
     # another run's stages serve
     mutual.main([*flags[:-1], str(tmp_path / "other"), "--reuse", str(out), "--stage", "2", "--reward", "unambiguity"])

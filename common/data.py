@@ -77,8 +77,11 @@ class Frame:
 
     def image_in(self, image, fill):
         """(3,H,W) uint8 image -> (3,canvas_height,canvas_width) uint8; free space holds `fill`, three 0..255 values."""
-        resized = F.interpolate(image[None], (self.in_height, self.in_width), mode="bilinear", antialias=True)[0]
+        size = (self.in_height, self.in_width)
+        resized = image if image.shape[1:] == size else F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         resized = resized.flip(-1) if self.flipped else resized
+        if (self.left, self.top, *size) == (0, 0, self.canvas_height, self.canvas_width):
+            return resized
         canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, self.canvas_height, self.canvas_width)
         to_y, from_y = _overlap(self.top, self.in_height, self.canvas_height)
         to_x, from_x = _overlap(self.left, self.in_width, self.canvas_width)
@@ -342,11 +345,10 @@ class RefDataset(torch.utils.data.Dataset):
         return self._union(self.expression_image[e], self.objects_of[e])
 
     def _union(self, image, objects):
+        if len(objects) == 1:
+            return self.object_mask(objects[0])
         width, height = self.sizes[image]
-        mask = np.zeros((height, width), bool)
-        for i in objects:
-            mask |= self.object_mask(i)
-        return mask
+        return np.logical_or.reduce([self.object_mask(i) for i in objects] or [np.zeros((height, width), bool)])
 
     def expression_box(self, e):
         """The xyxy box round the annotated boxes of the objects that expression e names; zeros where it names none."""
@@ -446,10 +448,10 @@ class Batch:
 
 def pad_text(ids):
     """Lists of ids -> (E,L) int64, padded with 0 to the longest."""
-    text = torch.zeros(len(ids), max(map(len, ids), default=1), dtype=torch.int64)
+    text = np.zeros((len(ids), max(map(len, ids), default=1)), np.int64)
     for row, sentence in zip(text, ids):
-        row[:len(sentence)] = torch.tensor(sentence)
-    return text
+        row[:len(sentence)] = sentence
+    return torch.from_numpy(text)
 
 
 def collate(samples):

@@ -5,11 +5,11 @@ mask is seen: a pooling of the patches' scores says whether an expression is in 
 the expressions of the other images of the batch. Multi-label patch assignment (MPA) lets a patch serve several of them.
 
     python train_tseg.py --yaml yaml/tseg_phraseshapes.yaml      embedded data, two CPU cores, nothing to download
-    torchrun --nproc_per_node 4 train_tseg.py --dataset phrasecut --max-steps 120000      the paper's setting, PhraseCut
+    torchrun --nproc_per_node 4 train_tseg.py --dataset phrasecut --max-steps 120000 --eval-splits val test      the paper's
     python train_tseg.py --pooling spa                           Tables 1 and 3: gap, gmp, spa, mpa
     python train_tseg.py --full                                  learns from masks, Eq. 9 (yaml/tseg_full.yaml on top)
     python train_tseg.py --pretrain boxes --name boxes           Table 2e, first on RefCOCO's boxes, and then
-    python train_tseg.py --dataset phrasecut --init runs/train_tseg/refcoco/boxes_s0/best.pt
+    python train_tseg.py --dataset phrasecut --max-steps 120000 --eval-splits val test --init RUN/best.pt
     python train_tseg.py --yaml yaml/tseg.yaml yaml/tseg_voc.yaml --pooling spa      Table 1, class names as expressions
     python eval.py --run RUN --dataset voc --names yaml/voc_names.yaml               Sec. 4.6, zero-shot
 
@@ -35,6 +35,10 @@ Where the paper is silent
                 interpolated first, to a grid four times as fine as the patches.
   full          Dice with one pixel added above and below; S is interpolated before the sigmoid in testing, too.
   boxes         Eq. 9 with the union of the expression's boxes in the mask's place, and --full's optimiser and size.
+  best.pt       that with the highest mIoU of val's expressions, for VOC the names of an image's own classes.
+Where we do otherwise
+  positions     of another grid than the pre-training's (--full, --init, eval.py --scales) are interpolated as in timm,
+                bicubic and antialiased; the paper has bilinear.
 """
 import hashlib
 import math
@@ -51,7 +55,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import checkpoint, data, distributed, metrics, runlog
-from common.backbones import ViT, load_weights
+from common.backbones import ViT, load_weights, resample_positions
 from common.config import UserError, base_parser, parse, run
 from common.language import Bert
 from common.layers import normalise
@@ -85,7 +89,8 @@ def get_parser():
         help="ViT's file that `python -m data_prep.weights` wrote, or `none` to train from nothing")
     add("--text-weights", default="data/weights/bert_small.pt", help="BERT's file, likewise, or `none`")
     add("--init", default="", metavar="CHECKPOINT", help="best.pt of another run of this script to start from; Table 2e")
-    add("--init-part", choices=("all", "vision"), default="all", help="what --init gives: all weights, or the ViT's alone")
+    add("--init-part", choices=("all", "vision"), default="all", help="what --init gives: all weights, or the ViT's alone, and "
+        "--text-weights BERT's")
     parser.switch(model, "leaky-init", False, "accept weights that saw RefCOCO's val or test images (marked in results)")
     add("--patch", type=int, default=16, help="side of a patch; ViT-S/16, Sec. 4.2")
     add("--vit-dim", type=int, default=384, help="width of the ViT")
@@ -124,11 +129,14 @@ def frontend(args, vocabulary):
     """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
     low, high = args.scale
     for wrong, sentence in (
-            (args.size % args.patch, f"--size {args.size} is not a multiple of --patch {args.patch}."),
+            (min(args.size, args.patch) < 1 or args.size % args.patch, f"--size {args.size} is no multiple of --patch {args.patch}."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
-            (args.init_part != "all" and not args.init, f"--init-part {args.init_part} is a part of what --init names: give --init."),
+            (args.init_part != "all" and not args.init,
+             f"--init-part {args.init_part} is a part of what --init names: give --init."),
             (args.full and args.pretrain, "--full learns from masks and --pretrain from boxes: give one of them."),
+            ((args.full or args.pretrain) and (args.pooling, args.labels, args.reduction) != ("mpa", "identity", "sum"),
+             "--full and --pretrain learn each mask by itself: leave out --pooling, --labels and --reduction."),
             (args.texts == "classes" and (args.full or args.pretrain or args.labels == "tfidf"),
              "--texts classes is for learning from image labels: leave out --full, --pretrain and --labels tfidf.")):
         if wrong:
@@ -144,8 +152,10 @@ class TSEG(nn.Module):
 
     def __init__(self, args, vocabulary_size):
         super().__init__()
-        if args.vit_dim % args.vit_heads or args.bert_dim % args.bert_heads:
-            raise UserError("--vit-heads must divide --vit-dim, and --bert-heads --bert-dim.")
+        for dim, heads in (("vit-dim", "vit-heads"), ("bert-dim", "bert-heads")):
+            width, parts = (getattr(args, name.replace("-", "_")) for name in (dim, heads))
+            if min(width, parts) < 1 or width % parts:
+                raise UserError(f"--{heads} {parts} does not divide --{dim} {width}.")
         self.use = args
         self.vision = ViT(args.size, args.patch, args.vit_dim, args.vit_depth, args.vit_heads, args.drop_path)
         self.language = Bert(args.bert_layers, args.bert_dim, args.bert_heads, 4 * args.bert_dim, vocabulary_size,
@@ -161,7 +171,10 @@ class TSEG(nn.Module):
         self.register_buffer("class_string", string, persistent=False)
 
     def encode_image(self, images):
-        """images (B,3,H,W) uint8 or float in 0..1 -> unit patch vectors (B,N,D) float32."""
+        """images (B,3,H,W) uint8 or float in 0..1 -> unit patch vectors (B,N,D) float32. Raises UserError for other sides."""
+        if images.shape[-1] % self.use.patch:
+            raise UserError(f"an input of {images.shape[-1]} pixels is no multiple of --patch {self.use.patch}: choose other "
+                            "--scales.")
         x = self.vision(normalise(images, self.vision.mean, self.vision.std))
         return F.normalize(self.from_patch(x).float(), dim=-1)
 
@@ -602,19 +615,31 @@ def class_texts(dataset):
             torch.tensor([string_number(name) for name in dataset.class_names]))
 
 
+def begin(args, model, vocabulary):
+    """Load what --init, --weights and --text-weights name; returns whether any of it saw RefCOCO's val or test images."""
+    files = {"vision": args.weights, "language": args.text_weights}
+    if args.init:
+        files = {"language": args.text_weights} if args.init_part == "vision" else {}
+    leaky = [start_from(model, vocabulary, args)] if args.init else []
+    leaky += [load_weights(getattr(model, part), path, args.leaky_init)["leaky"] for part, path in files.items() if path != "none"]
+    return any(leaky)
+
+
 def start_from(model, vocabulary, args):
-    """Load the weights of another run of this script. Raises UserError where it has other words or another shape."""
+    """Load the weights of another run of this script, maybe of another --size; returns whether they saw RefCOCO's val or test
+    images. Raises UserError where it has other words or another shape.
+    """
     state = checkpoint.load(args.init)
     if state["script"] != Path(__file__).stem:
         raise UserError(f"--init {args.init} is no run of {Path(__file__).name}.")
-    if args.init_part == "vision":
-        part = {name.removeprefix("vision."): value for name, value in state["model"].items() if name.startswith("vision.")}
-        checkpoint.load_model(model.vision, {"model": part}, args.init)
-    elif state.get("vocabulary") != list(vocabulary):
+    if args.init_part == "all" and state.get("vocabulary") != list(vocabulary):
         raise UserError(f"--init {args.init} has another vocabulary than --vocab; its ViT alone: --init-part vision.")
-    else:
-        checkpoint.load_model(model, state, args.init)
-    args.leaky_init = state["args"]["leaky_init"]
+    weights, side = dict(state["model"]), args.size // args.patch
+    weights["vision.pos_embed"] = resample_positions(weights["vision.pos_embed"], (side, side))
+    if args.init_part == "vision":
+        weights = model.state_dict() | {name: value for name, value in weights.items() if name.startswith("vision.")}
+    checkpoint.load_model(model, {"model": weights}, args.init)
+    return bool(state["args"]["leaky_init"])
 
 
 # ---- main ---------------------------------------------------------------------------------------------------
@@ -654,14 +679,7 @@ def main(argv=None):
         model = build_model(args, vocabulary)
         if args.texts == "classes":
             model.compare_with(*class_texts(train_set))
-        if state:
-            args.leaky_init = state["args"]["leaky_init"]
-        elif args.init:
-            start_from(model, vocabulary, args)
-        else:
-            seen = [load_weights(part, path, args.leaky_init)["leaky"] for part, path in
-                    ((model.vision, args.weights), (model.language, args.text_weights)) if path != "none"]
-            args.leaky_init = any(seen)
+        args.leaky_init = state["args"]["leaky_init"] if state else begin(args, model, vocabulary)
         train(args, ranks, folder, state, model, vocabulary, train_set, val_set, idf)
 
         if not args.eval_splits:

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import train_tseg
@@ -401,12 +402,22 @@ def test_full_changes_optimiser_and_size():
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--size", "33"], "multiple of --patch"), (["--scale", "2", "1"], "no range"), (["--max-words", "600"], "510 pieces"),
-    (["--init-part", "vision"], "give --init"), (["--full", "--pretrain", "boxes"], "one of them"), (["--texts", "classes", "--full"], "--texts classes is for")])
+    (["--size", "33"], "multiple of --patch"), (["--patch", "0"], "multiple of --patch 0"), (["--scale", "2", "1"], "no range"),
+    (["--max-words", "600"], "510 pieces"), (["--init-part", "vision"], "give --init"), (["--full", "--pretrain", "boxes"], "one of them"),
+    (["--full", "--pooling", "spa"], "leave out --pooling"), (["--full", "--labels", "tfidf"], "leave out --pooling, --labels"),
+    (["--pretrain", "boxes", "--reduction", "mean"], "and --reduction"), (["--texts", "classes", "--full"], "--texts classes is for"),
+    (["--vit-heads", "0"], "--vit-heads 0 does not divide --vit-dim 12"), (["--bert-heads", "5"], "--bert-heads 5 does not divide --bert-dim")])
 def test_settings_that_cannot_be(flags, says):
     args = parse(train_tseg.get_parser(), [*TINY, *flags])
     with pytest.raises(UserError, match=says):
         train_tseg.frontend(args, VOCABULARY)
+        train_tseg.build_model(args, VOCABULARY)
+
+
+def test_inputs_that_the_patches_do_not_fill_are_named():
+    _, model = build("--patch", "12", "--size", "36")
+    with pytest.raises(UserError, match="32 pixels is no multiple of --patch 12: choose other --scales"):
+        model.encode_image(inputs()[0])
 
 
 def test_missing_files_are_named(shapes, tmp_path):
@@ -418,10 +429,28 @@ def test_missing_files_are_named(shapes, tmp_path):
     with pytest.raises(UserError, match="expressions are names of classes"):
         train_tseg.class_texts(training_set(shapes)[1])
     args.init = str(tmp_path / "best.pt")
-    other = WordPiece(wordpieces(["other words"] * 30))
     with pytest.raises(UserError, match="another vocabulary than --vocab"):
-        train_tseg.start_from(model, other, args)
-    args.init_part, fresh = "vision", train_tseg.build_model(args, other)
-    train_tseg.start_from(fresh, other, args)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.vision.parameters(), model.vision.parameters()))
-    assert not torch.equal(fresh.from_patch.weight, model.from_patch.weight)
+        train_tseg.begin(args, model, WordPiece(wordpieces(["other words"] * 30)))
+
+
+@pytest.mark.parametrize("part, same", [("all", {"vision", "language", "from_patch", "from_text", "log_scale"}), ("vision", {"vision"})])
+@pytest.mark.parametrize("leaky", [False, True])
+def test_begin_from_another_run(tmp_path, part, same, leaky):
+    """--init takes a run of another size (Table 2e: boxes at 512, text at 384), --init-part vision leaves BERT to --text-weights."""
+    args, model = build("--size", "64", *["--leaky-init"] * leaky)
+    nn.init.zeros_(model.log_scale)
+    checkpoint.save(tmp_path / "best.pt", train_tseg.snapshot(args, model, VOCABULARY, 0, {}))
+    args, fresh = build("--init", str(tmp_path / "best.pt"), "--init-part", part, seed=1)
+    assert train_tseg.begin(args, fresh, VOCABULARY) == leaky
+    ours, theirs = fresh.state_dict(), model.state_dict()
+    grid = ours.pop("vision.pos_embed")[:, 1:].unflatten(1, (4, 4))
+    large = theirs.pop("vision.pos_embed")[:, 1:].unflatten(1, (8, 8))
+    assert (grid.mean((1, 2)) - large.mean((1, 2))).abs().max() < 0.01
+    other = {name.split(".")[0] for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert {name.split(".")[0] for name in ours} - other == same
+    args.text_weights = str(tmp_path / "missing.pt")
+    if part == "vision":
+        with pytest.raises(UserError, match="missing.pt"):
+            train_tseg.begin(args, fresh, VOCABULARY)
+    else:
+        train_tseg.begin(args, fresh, VOCABULARY)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import tables
-from common.config import REPOSITORY, UserError, load_yaml
+from common.config import REPOSITORY, Parser, UserError, load_yaml
 
 IDLE = ("dataset", "data_root", "eval_splits", "eval_batch_size", "workers", "device", "log_every",
         "save_every")  # settings that decide no number
@@ -30,7 +30,9 @@ class Plan:
     """What the runner knows of one table: its rows, folders, settings and commands. `args` are the runner's flags."""
 
     def __init__(self, table, args):
-        self.table, self.args, self.extra = table, args, shlex.split(args.flags)
+        self.table, self.args, self.launcher = table, args, tables.words_of("--launcher", args.launcher)
+        self.extra = tables.words_of("--flags", args.flags)
+        tables.refuse_set("--flags", self.extra)
         self.out = Path(args.out) / table.name if args.out and len(args.tables) > 1 else \
             Path(args.out or Path("runs") / "tables" / table.name)
         known = [*table.embedded, *(column.dataset for column in table.columns)]
@@ -50,12 +52,21 @@ class Plan:
 
     def run_folder(self, job):
         """The folder with the run that a job scores: its own, or that of `run_of`, or one with equal settings elsewhere."""
-        own = self.folder(Job(self.table.row(job.row).run_of or job.row, job.dataset, job.seed))
-        if not trained(own):
-            row = self.table.row(self.table.row(job.row).run_of or job.row)
-            return next((Path(entry["folder"]) for _, entry in self.stored(row, job.dataset)
-                         if entry["seed"] == job.seed and trained(entry["folder"])), own)
-        return own
+        row = self.base(job)
+        own, digest = self.folder(Job(row.name, job.dataset, job.seed)), self.settings(row, job.dataset)
+        if trained(own, digest):
+            return own
+        return next((Path(entry["folder"]) for _, entry in self.stored(row, job.dataset)
+                     if entry["seed"] == job.seed and trained(entry["folder"], digest)), own)
+
+    def has_run(self, job):
+        """Whether the run that a job scores is there, made with the present settings."""
+        return trained(self.run_folder(job), self.settings(self.base(job), job.dataset))
+
+    def base(self, job):
+        """The row whose run a job scores."""
+        row = self.table.row(job.row)
+        return self.table.row(row.run_of) if row.run_of else row
 
     def settings(self, row, dataset):
         """A digest of all that decides a row's numbers, but for the seed and the code."""
@@ -114,12 +125,12 @@ class Plan:
     def started(self, words):
         """The same as the words of a process."""
         ours = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-        launcher = [part for word in shlex.split(self.args.launcher) for part in ours.get(word, [word])]
+        launcher = [part for word in self.launcher for part in ours.get(word, [word])]
         return [*launcher, *(["--"] if self.torchrun() else []), str(REPOSITORY / words[0]), *words[1:]]
 
     def torchrun(self):
         """Whether torchrun starts the scripts: it would take their --run for its own --run-path but for a lone --."""
-        return "torchrun" in shlex.split(self.args.launcher)
+        return any(Path(word).name in ("torchrun", "torch.distributed.run") for word in self.launcher)
 
     def jobs(self):
         """The jobs to run, in an order that has what they need in front, and how many results are there already."""
@@ -141,7 +152,7 @@ class Plan:
     def add(self, wanted, job):
         """Append a job, and before it those whose runs it needs and that are not there."""
         for _, other in self.needed(job):
-            if not trained(self.run_folder(other)) or not self.is_done(other):
+            if not self.has_run(other) or not self.is_done(other):
                 self.add(wanted, other)
         if job not in wanted:
             wanted.append(job)
@@ -161,8 +172,7 @@ class Plan:
         """Store a result, one process at a time."""
         if self.args.dry_run:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / "results.lock", "w") as lock:
+        with open(self.table.path, "r+b") as lock:  # beside the results, as runners with other --out write them, too
             fcntl.flock(lock, fcntl.LOCK_EX)
             tables.store(self.table, entry)
 
@@ -193,18 +203,25 @@ class Plan:
         return found
 
 
-def trained(folder):
-    """Whether a run folder holds weights, itself or in a stage."""
-    return any(Path(folder).glob("best.pt")) or any(Path(folder).glob("*/best.pt"))
+def trained(folder, digest):
+    """Whether a run folder holds weights, itself or in a stage, and they were not made with other settings than `digest`."""
+    weights = any(Path(folder).glob("best.pt")) or any(Path(folder).glob("*/best.pt"))
+    return weights and row_facts(folder).get("settings", digest) == digest
+
+
+def row_facts(folder):
+    """What the runner wrote down of a run folder, {settings, seconds}; empty where it made none there."""
+    try:
+        return json.loads((Path(folder) / "row.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def settings_files(script, words):
     """What the yaml files of a command say: those of --yaml, else the script's own, and what a flag of it would add."""
-    if "--yaml" in words:
-        rest = words[words.index("--yaml") + 1:]
-        given = rest[:next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
-    else:
-        given = []
+    parser = Parser("")
+    parser.add_argument("--yaml", nargs="+", default=[])
+    given = parser.parse_known_args(words)[0].yaml
     own = dict(re.findall(r'^(\w*YAML) = "([^"]+)"', script.read_text(encoding="utf-8"), re.M))
     used = given + [path for name, path in own.items() if name != "EMBEDDED_YAML" and not (given and name == "YAML")]
     return [{key: value for key, value in load_yaml(path).items() if key.replace("-", "_") not in IDLE} for path in used]

@@ -81,11 +81,11 @@ def get_parser():
 
 
 def validation(folder):
-    """[(step, mIoU)] of a run's log.jsonl; a line cut by a kill is skipped."""
+    """[(step, mIoU)] of a run's log.jsonl; a line cut by a kill is skipped. (common.runlog reads it, too, but loads torch.)"""
     points = []
     with contextlib.suppress(OSError):
-        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 record = json.loads(line)
                 points += [(record["step"], record["val_mIoU"])] if "val_mIoU" in record else []
     return points
@@ -101,8 +101,9 @@ def show(plan):
             print(f"({len(stored) - len(results[dataset])} results made with other settings are not shown)")
     curves = {}
     for entry in (entry for found in results.values() for entry in found if entry["seed"] == 0):
-        points = validation(Path(entry["folder"]))
-        if points and not table.row(entry["row"]).run_of:
+        row = table.row(entry["row"])
+        points = validation(Path(entry["folder"]) / row.stage)
+        if points and not row.run_of:
             curves[f"{entry['row']} {entry['dataset']}" if len(results) > 1 else entry["row"]] = points
     write_text(plan.out / "table.md", sidebyside.as_markdown(table, plan.datasets, results))
     write_text(plan.out / "table.html", sidebyside.as_page(table, plan.datasets, results, curves))
@@ -111,9 +112,18 @@ def show(plan):
 
 def main(argv=None):
     """Check, print or run the rows of the tables; returns the exit status."""
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         raise UserError("--seeds and --jobs are at least 1.")
+    if len(args.gpus) > args.jobs:
+        raise UserError(f"--gpus names {len(args.gpus)} groups, but --jobs runs {args.jobs} rows at a time.")
+    if args.first and not args.check:
+        raise UserError("--first is for --check alone.")
+    given = [f"--{key.replace('_', '-')}" for key, value in vars(args).items()
+             if value != parser.get_default(key) and key not in ("tables", "check", "first", "rows", "jobs")]
+    if args.check and given:
+        raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to --check.")
     found = [tables.load_table(path) for path in args.tables]
     if args.check:
         from common.rowcheck import check
@@ -134,9 +144,8 @@ def main(argv=None):
     try:
         runner = Runner(plans, args)
         runner.run()
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print("\nstopped; the same command goes on from here", flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        print("\nstopped; the same command goes on from here", flush=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import UserError, write_text
-from common.plans import Job, Plan, trained
+from common.plans import Job, Plan, row_facts
 
 SAY_EVERY = 30    # seconds between lines of progress where stderr is no terminal
 GRACE = 120       # seconds that an interrupted row has to end its step and save
@@ -40,17 +40,25 @@ class Running:
 def begin(plan, job, gpus):
     """Lock the job's folder and start its first command. Raises UserError where the folder is in use."""
     folder, digest = plan.folder(job), plan.settings(plan.table.row(job.row), job.dataset)
-    try:
-        found = json.loads((folder / "row.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    if folder.exists() and found.get("settings", digest) != digest:
+    lock, found = hold(folder), row_facts(folder)  # held first: a folder that is in use is not moved, either
+    if found.get("settings", digest) != digest:
         aside = folder.with_name(f"{folder.name}_{found['settings']}")
         if aside.exists():
             aside = aside.with_name(f"{aside.name}_{int(time.time())}")
         os.replace(folder, aside)
         print(f"{folder} was made with other settings; it is now {aside}", flush=True)
-        found = {}
+        lock.close()
+        lock, found = hold(folder), {}
+    log = folder / "row.log"
+    running = Running(plan, job, gpus, lock, plan.commands(job), found.get("seconds", 0.0), log=log,
+                      at=log.stat().st_size if log.is_file() else 0)
+    note(running)
+    start_next(running)
+    return running
+
+
+def hold(folder):
+    """The open lock file of a folder, made where it is not there. Raises UserError where another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "row.lock", "w")
     try:
@@ -58,12 +66,7 @@ def begin(plan, job, gpus):
     except OSError:
         lock.close()
         raise UserError(f"{folder} is in use by another process.") from None
-    log = folder / "row.log"
-    running = Running(plan, job, gpus, lock, plan.commands(job), found.get("seconds", 0.0), log=log,
-                      at=log.stat().st_size if log.is_file() else 0)
-    note(running)
-    start_next(running)
-    return running
+    return lock
 
 
 def note(running):
@@ -108,7 +111,7 @@ def end(running):
     plan, job = running.plan, running.job
     with open(running.log, "rb") as log:
         log.seek(running.at)
-        said = re.findall(r"^scores: (.+)$", log.read().decode("utf-8", "replace"), re.M)
+        said = named_by_eval(log.read().decode("utf-8", "replace"))
     facts = made_by(plan.run_folder(job))
     machine = "; ".join(facts[key] for key in ("cpu", "gpu") if facts.get(key, "none") != "none") or "unknown"
     entry = {"row": job.row, "dataset": job.dataset, "seed": job.seed,
@@ -118,6 +121,13 @@ def end(running):
              "machine": machine, "commit": facts.get("commit", "unknown")}
     plan.keep(entry)
     return entry
+
+
+def named_by_eval(log):
+    """The score files that the eval.py commands of a log say they wrote, in order; training scores its own, too."""
+    commands = re.split(r"^\$ ", log, flags=re.M)
+    return [file for of in commands if " eval.py " in of.partition("\n")[0]
+            for file in re.findall(r"^scores: (.+)$", of, re.M)]
 
 
 def made_by(folder):
@@ -183,7 +193,7 @@ class Runner:
             broken = next((of for p, of, _ in self.failed if (p, of) in needed), None)
             if broken:
                 self.fail(plan, job, f"it needs {broken}")
-            elif plan.is_done(job) and trained(plan.run_folder(job)):
+            elif plan.is_done(job) and plan.has_run(job):
                 self.ended += 1  # another table has just made it
             else:
                 print(f"begin {plan.table.name}: {job}", flush=True)

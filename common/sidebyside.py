@@ -6,6 +6,9 @@ import statistics
 from common import pictures
 from common.tables import NO_PERCENT
 
+STANDS_FOR = {"refshapes": "refcoco", "refshapes+": "refcoco+", "refshapesg": "refcocog", "phraseshapes": "phrasecut",
+              "vocshapes": "voc"}
+
 
 def values_of(results, row, column, metric):
     """{seed: score} of one cell."""
@@ -14,14 +17,20 @@ def values_of(results, row, column, metric):
     return {seed: value for seed, value in scores.items() if value is not None}
 
 
+def published_column(table, column, metric):
+    """The paper's column beside a measured one: itself, or for an embedded corpus the first with that metric, of the corpus
+    that it stands for where the table has it; None where the paper does not have the metric."""
+    having = [other for other in table.columns if metric in other.metrics]
+    itself = [other for other in having if other.name == column.name and other.dataset == column.dataset]
+    kin = [other for other in having if other.dataset.split("_")[0] == STANDS_FOR.get(column.dataset)]
+    return next(iter(itself + kin + having), None)
+
+
 def published_of(table, row, column, metric):
-    """(figure, its column) as published for the cell; on an embedded corpus, of the first column with that metric."""
-    own = [other for other in table.columns if other.name == column.name and other.dataset == column.dataset] \
-        or [other for other in table.columns if metric in other.metrics]
-    for other in own:
-        if metric in other.metrics and other.name in row.published:
-            return row.published[other.name][other.metrics.index(metric)], other
-    return None, own[0] if own else None
+    """(figure or None, its column) as published for the cell."""
+    source = published_column(table, column, metric)
+    figures = row.published.get(source.name) if source else None
+    return figures[source.metrics.index(metric)] if figures else None, source
 
 
 def spread(values):
@@ -54,7 +63,7 @@ def blocks(table, dataset, results, all_metrics=True):
         lines, metrics = [], column.metrics if all_metrics else column.metrics[:1]
         header = ["row", "seeds"]
         for metric in metrics:
-            _, source = published_of(table, table.rows[0], column, metric)
+            source = published_column(table, column, metric)
             header += [metric, "published", "difference"] if not embedded else \
                 [metric, f"published, {source.name}"] if source else [metric]
             if ablating and metric == metrics[0]:

@@ -17,6 +17,7 @@ METRICS = ("mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(1, 10)), "REC@0.5", "n",
            "gIoU", "cIoU", "N-acc", "T-acc")
 NESTED = ("pointing", "by_kind", "by_size", "by_length", "by_objects", "classes")  # dotted: pointing.H_mask
 NO_PERCENT = ("CIDEr",)
+KEPT = ("row", "dataset", "seed", "settings", "scores", "commands", "folder", "seconds", "date", "machine", "commit")
 ROW_NAME, IN_FLAGS = re.compile(r"[\w+.-]+"), re.compile(r"\{([\w+.-]+)\}")
 
 
@@ -167,6 +168,21 @@ def among(where, names, known):
             raise UserError(f"{where}: there is no {name!r}{nearest(str(name), list(known))}.")
 
 
+def words_of(where, text):
+    """Flags as words. Raises UserError where a quote is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{where}: the flags {text!r} cannot be read ({error}).") from None
+
+
+def refuse_set(where, words):
+    """Raise UserError for a flag that the runner sets itself."""
+    for word in words:
+        if word.split("=")[0] in ("--dataset", "--data-root", "--out", "--seed", "--eval-splits", "--resume", "--name"):
+            raise UserError(f"{where}: {word} is set by the runner.")
+
+
 def _columns(entries, dataset, path):
     columns = [_build(Column, entry, path, f"column {i + 1}") for i, entry in enumerate(entries)]
     for column in columns:
@@ -202,15 +218,10 @@ def _check_row(table, row, names):
         if found:
             raise UserError(f"{where}: {what}.")
     for text in (row.flags, row.embedded_flags, row.eval, row.embedded_eval, row.check, table.flags,
-                 *map(str, table.datasets.values())):
-        try:
-            words = shlex.split(text or "")
-        except ValueError as error:
-            raise UserError(f"{where}: the flags {text!r} cannot be read ({error}).") from None
-        for word in words:
-            if word.split("=")[0] in ("--dataset", "--data-root", "--out", "--seed", "--eval-splits", "--resume", "--name"):
-                raise UserError(f"{where}: {word} is set by the runner.")
-            among(f"{where}, flags", IN_FLAGS.findall(word), names)
+                 *map(str, table.datasets.values()), *(f"{entry.flags} {entry.check}" for entry in table.embedded.values())):
+        words = words_of(where, text or "")
+        refuse_set(where, words)
+        among(f"{where}, flags", [name for word in words for name in IN_FLAGS.findall(word)], names)
     among(f"{where}, ablates and run_of", filter(None, (row.ablates, row.run_of)), names)
     for name in filter(None, (row.ablates, row.run_of)):
         if not table.row(name).built or name == row.run_of and table.row(name).run_of:
@@ -252,7 +263,8 @@ def load_results(path):
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
         for entry in found:
-            entry["scores"], entry["seed"], entry["row"], entry["dataset"], entry["settings"]
+            for key in KEPT:
+                entry[key]
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no file of results ({type(error).__name__}: {error}); remove it or restore it.") from None

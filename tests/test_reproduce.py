@@ -11,6 +11,9 @@ import yaml
 
 from common import sidebyside, tables
 from common.config import UserError
+from common.plans import Job, Plan
+from common.reproduce import get_parser, main
+from common.runner import named_by_eval
 from tests.conftest import REPOSITORY, TINY, command
 
 FAKE = '''
@@ -124,12 +127,68 @@ def test_a_killed_runner_ends_its_children_and_goes_on(write, tmp_path):
         time.sleep(0.05)
     busy = reproduce(path, "--rows", "full", cwd=tmp_path)
     assert busy.returncode == 1 and "is in use by another process" in busy.stdout
-    time.sleep(0.5)
+    write(lambda table: table["rows"][0].update(flags="--slow 61"))  # what is in use stays where it is with other settings, too
+    busy = reproduce(path, "--rows", "full", cwd=tmp_path)
+    assert "is in use by another process" in busy.stdout and not list(log.parent.parent.glob("full_s0_*"))
     runner.send_signal(signal.SIGTERM)
     out, _ = runner.communicate(timeout=30)
     assert runner.returncode == 143 and "the same command goes on from here" in out
     assert subprocess.run(["pgrep", "-f", f"{tmp_path}/train_fake.py"], capture_output=True).returncode == 1
     assert results_of(path) == {}
+
+
+def planned(path, monkeypatch, *words):
+    """The plan of a table, whose runs lie below the table's folder."""
+    monkeypatch.chdir(path.parent)
+    return Plan(tables.load_table(path), get_parser().parse_args([str(path), *words]))
+
+
+def test_a_run_with_other_settings_stands_in_for_none(write, tmp_path, monkeypatch):
+    """A result is there, but in its folder lies another run since: a row that needs the run has it made anew."""
+    path = write()
+    assert reproduce(path, "--rows", "full", cwd=tmp_path).returncode == 0
+    full, later = Job("full", "corpus", 0), Job("later", "corpus", 0)
+    assert planned(path, monkeypatch, "--rows", "later").jobs() == ([later], 0)
+    (tmp_path / "runs/tables/fake/corpus/full_s0/row.json").write_text('{"settings": "others"}')
+    assert planned(path, monkeypatch, "--rows", "later").jobs() == ([full, later], 0)
+
+
+@pytest.mark.parametrize("flags, same", [("--yaml=b.yaml", True), ("--yaml a.yaml --yaml b.yaml", True), ("--yaml a.yaml", False)])
+def test_settings_hold_what_the_yaml_files_say(write, tmp_path, monkeypatch, flags, same):
+    """Of the last --yaml alone, which is the one that counts."""
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text("gain: 1\n")
+    path = write(lambda table: table["rows"][0].update(flags=flags))
+    before = planned(path, monkeypatch)
+    digest = before.settings(before.table.row("full"), "corpus")
+    (tmp_path / "a.yaml").write_text("gain: 2\n")
+    assert (planned(path, monkeypatch).settings(before.table.row("full"), "corpus") == digest) == same
+    (tmp_path / "a.yaml").write_text("gain: 1\nworkers: 3\n")  # decides no number
+    (tmp_path / "b.yaml").write_text("gain: 2\n")
+    assert (planned(path, monkeypatch).settings(before.table.row("full"), "corpus") == digest) != same
+
+
+def test_scores_that_training_wrote_are_not_those_of_eval():
+    log = "$ python train_lts.py --eval-splits val\nscores: a.json\n$ torchrun -- eval.py --run x\nscores: b.json\nscores: c.json\n"
+    assert named_by_eval(log) == ["b.json", "c.json"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--seeds", "0"], "at least 1"), (["--gpus", "0", "1"], "names 2 groups"), (["--first"], "for --check alone"),
+    (["--check", "--dataset", "shapes"], "--dataset means nothing to --check"), (["--flags=--x 'y"], "--flags: .* cannot be read"),
+    (["--flags=--seed=3"], "--flags: --seed=3 is set by the runner"), (["--launcher", "a '"], "--launcher: .* cannot be read"),
+    (["--dataset", "shape"], "there is no 'shape', did you mean 'shapes'"), (["--rows", "ful"], "did you mean 'full'")])
+def test_what_cannot_be_meant_is_refused(write, words, message):
+    with pytest.raises(UserError, match=message):
+        main([str(write()), *words])
+
+
+@pytest.mark.parametrize("launcher, ends", [
+    ("python", "python"), ("/opt/bin/torchrun --nnodes 2", "torchrun --nnodes 2 --"),
+    ("python -m torch.distributed.run", "torch.distributed.run --"), ("srun python", "srun python")])
+def test_torchrun_has_a_lone_dash_behind_it(write, monkeypatch, launcher, ends):
+    plan = planned(write(), monkeypatch, "--launcher", launcher)
+    assert plan.printed(["eval.py", "--run", "x"]).endswith(f"{ends} eval.py --run x")
 
 
 def test_interrupted_in_the_middle_of_a_row_it_ends_with_the_same_numbers(shapes, tmp_path):
@@ -190,6 +249,7 @@ def test_dry_run_prints_the_commands(write, tmp_path):
     (lambda t: t["rows"][1].update(name="full"), "the name stands twice"),
     (lambda t: t["rows"][1].update(name="../full"), "a name has letters"),
     (lambda t: t["rows"][1].update(flags="--out x"), "--out is set by the runner"),
+    (lambda t: t["embedded"]["shapes"].update(flags="--seed 3"), "--seed is set by the runner"),
     (lambda t: t["rows"][1].update(flags="--init {fll}/best.pt"), "there is no 'fll', did you mean 'full'"),
     (lambda t: t["rows"][0].update(flags="--init {later}/best.pt"), "in a circle: full -> later -> full"),
     (lambda t: t["rows"][1].update(flags="--name 'x"), "cannot be read"),
@@ -207,6 +267,16 @@ def test_dry_run_prints_the_commands(write, tmp_path):
 def test_format(write, change, message):
     with pytest.raises(UserError, match=message):
         tables.load_table(write(change))
+
+
+@pytest.mark.parametrize("name, dataset, expected", [
+    ("pks_table2", "refshapes+", ("RefCOCO+ val", 60.90)), ("pks_table2", "refcoco+", ("RefCOCO+ val", 60.90)),
+    ("pks_table2", "refshapesg", ("RefCOCOg val (U)", 60.38)), ("tseg_full", "refshapes", ("refcoco", 66.00)),
+    ("tseg_full", "phraseshapes", ("phrasecut", 49.6)), ("mutual_fig5", "refshapes", ("val", None))])
+def test_published_figures_are_those_of_the_corpus_that_an_embedded_one_stands_for(name, dataset, expected):
+    table = tables.load_table(REPOSITORY / f"yaml/tables/{name}.yaml")
+    figure, source = sidebyside.published_of(table, table.row("full"), table.columns_of(dataset)[0], "mIoU")
+    assert (source.name, figure) == expected
 
 
 @pytest.mark.parametrize("differences, published, expected", [

@@ -35,8 +35,9 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
     kind, shape and device. `gaussian` is (sigma_xy, weight), `bilateral` is (sigma_xy, sigma_rgb, weight), sigmas in
     pixels and in grey levels of 0..255; a weight of 0 leaves a kernel out. Without `exclusive` the K masks are K
     independent foregrounds against their own background; with it they are one distribution over K labels (a
-    background among them), normalised here. Takes some 600 bytes of memory a pixel, and 8 more for each mask. Raises
-    ValueError for other shapes, types, ranges and for values that are not finite.
+    background among them), normalised here. Lattices are built on the CPU; of a tensor on a GPU the mean field runs there.
+    Takes some 600 bytes of memory a pixel, and 8 more for each mask. Raises ValueError for other shapes, types, ranges and
+    for values that are not finite.
     """
     image = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
@@ -60,15 +61,23 @@ def dense_crf(image, prob, iterations=10, gaussian=(3, 3), bilateral=(80, 13, 10
     if weights[1]:
         kernels.append((build_lattice(_features(image, *sigmas[1:]), pixels), weights[1]))
     field = _exclusive if exclusive else _binary
-    if isinstance(prob, np.ndarray):
-        columns = np.ascontiguousarray(prob.astype(np.float32).reshape(shape[0], pixels).T)
-        return np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(shape)
+    if not isinstance(prob, np.ndarray):
+        import torch  # only a caller that holds a tensor pays for this import
+        if prob.device.type != "cpu":
+            return _on_device(field, prob, kernels, iterations)
+    host = prob if isinstance(prob, np.ndarray) else prob.detach().float().numpy()  # scipy's products are faster than torch's
+    columns = np.ascontiguousarray(host.astype(np.float32).reshape(shape[0], pixels).T)
+    refined = np.ascontiguousarray(field(np, columns, kernels, iterations).T).reshape(shape)
+    return refined if host is prob else torch.from_numpy(refined)
 
-    import torch  # only a caller that holds a tensor pays for this import
+
+def _on_device(field, prob, kernels, iterations):
+    """`field` of a tensor (K,H,W) where it lies -> (K,H,W); kernels: [(Lattice of numpy's, weight)]."""
+    import torch
     with torch.no_grad():
         kernels = [(lattice.torch(prob.device), weight) for lattice, weight in kernels]
-        columns = prob.float().reshape(shape[0], pixels).T.contiguous()
-        return field(torch, columns, kernels, iterations).T.reshape(shape).contiguous()
+        columns = prob.float().flatten(1).T.contiguous()
+        return field(torch, columns, kernels, iterations).T.reshape(prob.shape).contiguous()
 
 
 # ---- mean field ---------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ class Lattice(NamedTuple):
         return self.slice @ x
 
     def torch(self, device):
-        """The same matrices as torch's CSR tensors; gathers only, so the result is the same in every run."""
+        """The same matrices as torch's CSR tensors on `device`."""
         import torch
 
         def convert(matrix):

@@ -4,7 +4,8 @@ import pytest
 import skimage.data
 import torch
 
-from common.crf import PRESETS, _features, _positions, _spatial_lattice, build_lattice, dense_crf
+from common.crf import (PRESETS, _binary, _exclusive, _features, _on_device, _positions, _spatial_lattice, build_lattice,
+                        dense_crf)
 
 # pydensecrf2 1.1 on `photo(name)`: {pixel: foreground} at six pixels that it moves by more than 0.05
 STORED = {
@@ -104,12 +105,27 @@ def test_masks_are_independent_binary_problems():
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_tensors_take_the_same_road(exclusive):
+def test_tensors_have_the_same_answer(exclusive):
+    """On the CPU by the same products; the road that a GPU's tensors take is gone here with the CPU's."""
     image, prob = photo("chelsea")
     masks = np.stack([prob, 1 - prob, prob / 2])
-    refined = dense_crf(torch.from_numpy(image), torch.from_numpy(masks).double(), exclusive=exclusive)
-    assert refined.dtype == torch.float32 and refined.is_contiguous()
-    assert np.abs(refined.numpy() - dense_crf(image, masks, exclusive=exclusive)).max() < 1e-5
+    expected, tensor = dense_crf(image, masks, exclusive=exclusive), torch.from_numpy(masks)
+    for given in (tensor, tensor.double(), tensor.clone().requires_grad_()):
+        refined = dense_crf(torch.from_numpy(image), given, exclusive=exclusive)
+        assert refined.dtype == torch.float32 and torch.equal(refined, torch.from_numpy(expected))
+    assert dense_crf(image, tensor.bfloat16(), exclusive=exclusive).dtype == torch.float32
+    kernels = [(_spatial_lattice(*prob.shape, 3.0), 3.0), (build_lattice(_features(image, 80.0, 13.0), prob.size), 10.0)]
+    refined = _on_device(_exclusive if exclusive else _binary, tensor, kernels, 10)
+    assert refined.shape == masks.shape and refined.is_contiguous() and np.abs(refined.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_gpu_has_the_same_answer(exclusive):
+    image, prob = photo("chelsea")
+    masks = np.stack([prob, 1 - prob, prob / 2])
+    refined = dense_crf(image, torch.from_numpy(masks).cuda(), exclusive=exclusive)
+    assert refined.is_cuda and np.abs(refined.cpu().numpy() - dense_crf(image, masks, exclusive=exclusive)).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])

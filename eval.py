@@ -74,7 +74,8 @@ def get_parser(script=None):
     classmaps.add_flags(parser)
     out = parser.add_argument_group("what to write")
     parser.switch(out, "report", False, "write report.html with scores, curves and pictures of cases")
-    parser.switch(out, "save-masks", False, "write every predicted mask as <run>/eval/<dataset>_<split>_masks/<sent_id>.png")
+    parser.switch(out, "save-masks", False, "write every predicted mask as <run>/eval/<dataset>_<split>_masks/<sent_id>.png; "
+                  "class maps as <image_id>.png")
     out.add_argument("--human-study", type=int, default=0, metavar="N", help="--task reg: a page that shows N pictures with "
         "their sentences and takes clicks")
     own = parser.add_argument_group("a picture of your own")
@@ -295,7 +296,7 @@ def describe_split(listener, args, ranks, path, split, script, settings, model, 
 def score_class_maps(args, ranks, path, settings, model, state, dataset):
     """`score_split` of a corpus with class maps: every class is asked for by name (common/classmaps.py)."""
     for flag, given in (("protocol", args.protocol != "original"), ("task", args.task != "res"),
-                        ("shuffle-expressions", args.shuffle_expressions)):
+                        ("shuffle-expressions", args.shuffle_expressions), ("compare", args.compare)):
         if given:
             raise UserError(f"--{flag} is for sentences, and {dataset.name} is scored by class maps; leave it out.")
     scorer = classmaps.ClassMaps(model, dataset, classmaps.load_names(args.names, dataset.class_names),
@@ -575,7 +576,7 @@ def refuse_mixtures(args):
     task = "--describe" if args.describe else "--image" if args.image and args.task == "res" else f"--task {args.task}"
     unheeded = {"--describe": split | how | scored | sentences | {"--text": args.text},
                 "--image": split | scored | sentences | search | found,
-                "--task reg": how | scored | found | {"--image": args.image}}
+                "--task reg": how | scored | found | {"--image": args.image, "--compare": args.compare}}
     given = [flag for flag, value in unheeded.get(task, sentences | search | found | {"--image": args.image}).items() if value]
     if given:
         raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")
@@ -612,8 +613,6 @@ def main(argv=None, ranks=None):
         scored = [score(args, ranks, path, split, script, settings, model, vocabulary, state) for split in args.split]
         other = Comparison(args.compare, argv, ranks) if args.compare else None
         for of_split in scored if other else ():
-            if args.task == "reg" or of_split[0]["task"] == "classes":
-                raise UserError("--compare is for the masks of sentences; leave it out.")
             other.compare(path, *of_split, suffix_of(args))
         if ranks.main:
             print_table([summary for summary, _, _ in scored])

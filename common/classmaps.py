@@ -6,7 +6,8 @@ to the class with the highest mask, or to the background where no mask reaches t
 several names (label engineering): it covers what any of them covers.
 
 A class' IoU is taken over all pixels of the split, those that nobody decided (255) excepted; mIoU is the mean over the
-classes and the background. A class that is neither there nor predicted has no IoU.
+classes and the background, oIoU the sum of their intersections over that of their unions. A class that is neither there nor
+predicted has no IoU.
 
 Where the paper is silent: of several views (scales, mirrored) the masks are averaged, and a name stays whose score suffices
 in one of them, as in its [3]; each class enters the CRF with the odds of its mask, p / (1 - p), against the threshold's.

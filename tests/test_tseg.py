@@ -49,8 +49,8 @@ def targets(texts=("tabby cat", "red dog", "left dog", "brown cat"), image_of=(0
     return {"inside": inside, "string": torch.tensor(numbers), "known": torch.tensor(known), "mask": masks}
 
 
-def loss_of(model, args, batch, wanted, idf=None):
-    return sum(train_tseg.loss_terms(model(*batch), wanted, args, ALONE, idf).values())
+def loss_of(model, args, batch, wanted, idf=None, ranks=ALONE):
+    return sum(train_tseg.loss_terms(model(*batch), wanted, args, ranks, idf).values())
 
 
 # ---- Eq. 2-8 ------------------------------------------------------------------------------------------------
@@ -238,18 +238,21 @@ def test_neither_padding_nor_other_images_matter(flags):
 # ---- ranks --------------------------------------------------------------------------------------------------
 
 SHARES = [(("tabby cat", "red dog", "left brown dog right"), (0, 0, 0)), (("left dog", "tabby cat"), (0, 1))]
+IDF = torch.arange(len(VOCABULARY)) / 9.0
+SHARED = [([], None), (["--pooling", "spa", "--labels", "tfidf"], IDF)]  # SPA's sums, too, are over the texts of all ranks
 
 
 def gradients(rank, folder):
-    """One of two ranks with unlike numbers of images, texts and words: its loss, and the gradients that DDP agrees on."""
+    """One of two ranks with unlike numbers of images, texts and words: the gradients that DDP agrees on, for each of SHARED."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    args, model = build()
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    terms = train_tseg.loss_terms(wrapped(*inputs(*SHARES[rank], seed=rank)), targets(*SHARES[rank]), args,
-                                  distributed.Ranks(rank, 2, torch.device("cpu")))
-    (sum(terms.values()) * 2 / 3).backward()
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    ranks, found = distributed.Ranks(rank, 2, torch.device("cpu")), []
+    for flags, idf in SHARED:
+        args, model = build(*flags)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        (loss_of(wrapped, args, inputs(*SHARES[rank], seed=rank), targets(*SHARES[rank]), idf, ranks) * 2 / 3).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -261,15 +264,17 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path):
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    args, model = build()
     images = torch.cat([inputs(*share, seed=rank)[0] for rank, share in enumerate(SHARES)])
     texts, image_of = SHARES[0][0] + SHARES[1][0], (0, 0, 0, 1, 2)
-    (loss_of(model, args, (images, *inputs(texts, image_of)[1:]), targets(texts, image_of)) / 3).backward()
-    own = [p.grad for p in model.parameters()]
-    scale = max(grad.abs().max() for grad in own)
-    for rank in range(2):
-        for grad, other in zip(own, torch.load(tmp_path / f"{rank}.pt", weights_only=True)):
-            assert (grad - other).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-3 * scale)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for n, (flags, idf) in enumerate(SHARED):
+        args, model = build(*flags)
+        (loss_of(model, args, (images, *inputs(texts, image_of)[1:]), targets(texts, image_of), idf) / 3).backward()
+        own = [p.grad for p in model.parameters()]
+        scale = max(grad.abs().max() for grad in own)
+        for of_rank in found:
+            for grad, other in zip(own, of_rank[n], strict=True):
+                assert (grad - other).abs().max() <= 1e-5 * max(grad.abs().max(), 1e-3 * scale)
 
 
 # ---- loading and whole runs ---------------------------------------------------------------------------------
@@ -338,7 +343,9 @@ def test_classes_then_class_maps(tmp_path):
     rows.unlink()
     finish("eval", flags, tmp_path / "log", ranks=2)
     assert rows.read_bytes() == alone
-    for wrong, says in ((["--protocol", "lavt480"], "--protocol is for sentences"), (["--task", "rec"], "--task is for sentences")):
+    for wrong, says in ((["--protocol", "lavt480"], "--protocol is for sentences"), (["--task", "rec"], "--task is for sentences"),
+                        (["--compare", str(tmp_path / "run")], "--compare is for sentences"),
+                        (["--compare", "x", "--task", "reg"], "--compare means nothing to --task reg")):
         with pytest.raises(UserError, match=says):
             evaluate([*flags, *wrong])
 
@@ -359,6 +366,7 @@ def test_boxes_then_text(shapes, tmp_path):
     train_tseg.main([*common, "--init", str(tmp_path / "boxes" / "best.pt"), "--labels", "tfidf",
                      "--fraction", "0.5", "--lr", "0", "--out", str(tmp_path / "text")])
     assert json.loads((tmp_path / "text" / "eval" / "refshapes_val.json").read_text())["n"] > 0
+    assert "<figcaption>S, 0." in (tmp_path / "text" / "report.html").read_text()  # the scores of the patches
     first, second = (checkpoint.load(tmp_path / name / "best.pt")["model"] for name in ("boxes", "text"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

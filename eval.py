@@ -566,8 +566,9 @@ def describe_picture(args, script, settings, model, vocabulary, device):
 def refuse_mixtures(args):
     """Raise UserError for flags that what is asked for would not heed, or negative numbers."""
     how = {"--threshold": args.threshold is not None, "--crf": args.crf}
-    split = {"--dataset": args.dataset, "--split": args.split != ["val"], "--limit": args.limit, "--compare": args.compare,
-             "--report": args.report} | {f"--{key.replace('_', '-')}": True for key in classmaps.changed(args)}
+    maps = {f"--{key.replace('_', '-')}": True for key in classmaps.changed(args)}
+    split = maps | {"--dataset": args.dataset, "--split": args.split != ["val"], "--limit": args.limit, "--compare": args.compare,
+                    "--report": args.report}
     scored = {"--protocol": args.protocol != "original", "--shuffle-expressions": args.shuffle_expressions,
               "--save-masks": args.save_masks}
     sentences = {"--refs": args.refs != "own", "--listener": args.listener, "--human-study": args.human_study}
@@ -576,7 +577,7 @@ def refuse_mixtures(args):
     task = "--describe" if args.describe else "--image" if args.image and args.task == "res" else f"--task {args.task}"
     unheeded = {"--describe": split | how | scored | sentences | {"--text": args.text},
                 "--image": split | scored | sentences | search | found,
-                "--task reg": how | scored | found | {"--image": args.image, "--compare": args.compare}}
+                "--task reg": how | maps | scored | found | {"--image": args.image, "--compare": args.compare}}
     given = [flag for flag, value in unheeded.get(task, sentences | search | found | {"--image": args.image}).items() if value]
     if given:
         raise UserError(f"{' and '.join(given)} mean{'s' * (len(given) == 1)} nothing to {task}.")

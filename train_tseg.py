@@ -37,6 +37,7 @@ Where the paper is silent
   boxes         Eq. 9 with the union of the expression's boxes in the mask's place, and --full's optimiser and size.
   best.pt       that with the highest mIoU of val's expressions, for VOC the names of an image's own classes.
 Where we do otherwise
+  tokens        BERT-Small's own: WordPiece between [CLS] and [SEP], for "byte pair encoding" with [BOS] and [EOS].
   positions     of another grid than the pre-training's (--full, --init, eval.py --scales) are interpolated as in timm,
                 bicubic and antialiased; the paper has bilinear.
 """
@@ -101,7 +102,8 @@ def get_parser():
     add("--bert-layers", type=int, default=4, help="layers of the BERT")
     add("--bert-heads", type=int, default=8, help="heads of the BERT")
     add("--dropout", type=float, default=0.1, help="dropout in the BERT")
-    add("--threshold", type=float, default=0.5, help="binarisation of MPA's masks: the background's score is 0; Sec. 3.3")
+    add("--threshold", type=float, default=0.5, help="binarisation of MPA's and --full's masks: the background's "
+        "score is 0; Sec. 3.3")
     add("--cam-alpha", type=float, default=16.0, help="exponent of GAP's and GMP's background in testing, as in [2]")
     ablation = parser.add_argument_group("ablation (Tables 1 to 3)")
     add = ablation.add_argument

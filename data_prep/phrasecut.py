@@ -7,7 +7,8 @@ The folder of annotations holds image_data_split.json (or image_data_split3000.j
 where Polygons[instance][polygon] is a list of [x, y]. Images are Visual Genome's, <image_id>.jpg, in one folder or several.
 
 A phrase means all its instances. Their masks follow PhraseCut's own tools: each vertex is cut to whole pixels, PIL fills
-the polygon with its outline, a polygon of one point is passed over. The released val lacks the 100 images of miniv;
+the polygon with its outline, a polygon of one point is passed over. A phrase of which nothing is left then, answered by an
+empty mask, has the IoU 1 here and 0 by those tools. The released val lacks the 100 images of miniv;
 `val_miniv` is both together, on which the paper of PhraseCut reports. An expression's `source` is its task_id, its `kind`
 the type that PhraseCut gives its structure (name, attribute, relation, verbose).
 """

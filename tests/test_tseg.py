@@ -345,7 +345,8 @@ def test_classes_then_class_maps(tmp_path):
     assert rows.read_bytes() == alone
     for wrong, says in ((["--protocol", "lavt480"], "--protocol is for sentences"), (["--task", "rec"], "--task is for sentences"),
                         (["--compare", str(tmp_path / "run")], "--compare is for sentences"),
-                        (["--compare", "x", "--task", "reg"], "--compare means nothing to --task reg")):
+                        (["--compare", "x", "--task", "reg"], "--compare means nothing to --task reg"),
+                        (["--scales", "2", "--task", "reg"], "--scales means nothing to --task reg")):
         with pytest.raises(UserError, match=says):
             evaluate([*flags, *wrong])
 

@@ -77,6 +77,7 @@ class ClassMaps:
     """One split of a corpus with class maps, and how it is scored.
 
     names: as from `load_names`; views: as from `views`; threshold: of masks, None takes the method's; crf: a key of PRESETS.
+    Raises UserError for a score_threshold that is none.
     """
     model: torch.nn.Module
     dataset: data.RefDataset
@@ -86,6 +87,10 @@ class ClassMaps:
     threshold: float = None
     crf: str = None
     amp: str = "off"
+
+    def __post_init__(self):
+        if not 0 <= self.score_threshold <= 1:
+            raise UserError(f"--score-threshold {self.score_threshold:g} is no score: give a number from 0 to 1.")
 
     @torch.inference_mode()
     def predict(self, image, batches):

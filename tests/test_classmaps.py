@@ -106,6 +106,9 @@ def test_what_is_wrong_is_named(corpus, tmp_path):
         scorer(corpus).evaluate(ALONE)
     with pytest.raises(UserError, match="--scales"):
         classmaps.views(corpus, [0], False)
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="from 0 to 1"):
+            scorer(corpus, score_threshold=wrong)
     for name, says in (("nowhere.png", "missing"), ("small.png", "1x1 pixels")):
         masks.save_map(tmp_path / "small.png", np.uint8([[1]]))
         with pytest.raises(UserError, match=says):

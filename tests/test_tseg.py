@@ -412,7 +412,7 @@ def test_full_changes_optimiser_and_size():
 
 @pytest.mark.parametrize("flags, says", [
     (["--size", "33"], "multiple of --patch"), (["--patch", "0"], "multiple of --patch 0"), (["--scale", "2", "1"], "no range"),
-    (["--max-words", "600"], "510 pieces"), (["--init-part", "vision"], "give --init"), (["--full", "--pretrain", "boxes"], "one of them"),
+    (["--max-words", "600"], "510 pieces"), (["--penalty-lambda", "-0.1"], "from 0 on"), (["--init-part", "vision"], "give --init"), (["--full", "--pretrain", "boxes"], "one of them"),
     (["--full", "--pooling", "spa"], "leave out --pooling"), (["--full", "--labels", "tfidf"], "leave out --pooling, --labels"),
     (["--pretrain", "boxes", "--reduction", "mean"], "and --reduction"), (["--texts", "classes", "--full"], "--texts classes is for"),
     (["--vit-heads", "0"], "--vit-heads 0 does not divide --vit-dim 12"), (["--bert-heads", "5"], "--bert-heads 5 does not divide --bert-dim")])

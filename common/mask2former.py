@@ -404,9 +404,10 @@ def mask_costs(logits, truth):
 
     logits (N,P), truth (n,P) in 0..1 -> two (N,n): BCE, mean over P, and 1 - (2 sum pt + 1) / (sum p + sum t + 1).
     """
-    prob = logits.sigmoid()
-    bce = (F.softplus(logits).sum(1)[:, None] - logits @ truth.T) / logits.shape[1]  # BCE(x, t) = softplus(x) - x t
-    dice = 1 - (2 * prob @ truth.T + 1) / (prob.sum(1)[:, None] + truth.sum(1) + 1)
+    with torch.autocast(logits.device.type, enabled=False):  # these sums leave half precision's range
+        prob = logits.sigmoid()
+        bce = (F.softplus(logits).sum(1)[:, None] - logits @ truth.T) / logits.shape[1]  # BCE(x, t) = softplus(x) - x t
+        dice = 1 - (2 * prob @ truth.T + 1) / (prob.sum(1)[:, None] + truth.sum(1) + 1)
     return bce, dice
 
 

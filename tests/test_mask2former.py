@@ -161,6 +161,10 @@ def test_losses_and_matching_equal_transformers_on_the_same_points(pair):
     for cost, function in zip(mask_costs(logits, points), (peer.pair_wise_sigmoid_cross_entropy_loss,
                                                            peer.pair_wise_dice_loss)):
         torch.testing.assert_close(cost, function(logits, points), rtol=1e-4, atol=1e-5)
+    for half in (torch.bfloat16, torch.float16):  # a background's logits alone add up to more than half precision holds
+        with torch.autocast("cpu", half):
+            costs = mask_costs(torch.full((2, 12544), -9.0), torch.ones(1, 12544))
+        assert costs[0].flatten().tolist() == pytest.approx([9.0, 9.0], rel=1e-4) and costs[0].dtype == torch.float32
     ours = criterion(output[0], truth, num_masks=18)
     torch.manual_seed(3)
     assert criterion(output[0], truth)["dice"] / ours["dice"] == pytest.approx(2, rel=0.02)

@@ -24,6 +24,8 @@ Where the paper is silent
              of the surer. Of more objects than proposals those left over teach no head and get no sentence.
   losses     L = L_mask2former + L_sel + L_gen, weights 1 (flags); L_sel is cross-entropy over the N proposals, the softmax of
              Eq. 5; L_gen the sum of Eq. 2 over a sentence's pieces. All N proposals take part, there is no score threshold.
+             Mask2Former's mask losses are divided by the number of the step's objects, also of those that jitter crops away.
+  clipping   Mask2Former's --clip 0.01 is the extractor's; the heads have --clip-heads, which is off.
   heads      as wide as Mask2Former: C = 256, 8 heads, 2048; post-norm, dropout 0.1. O is what the class and mask heads read.
   words      BERT's WordPiece, [CLS] and [SEP] as <bos> and <eos>, one embedding table for input and output.
   baseline   Eq. 4 as printed has none. We subtract the mean reward of the object's other hypotheses, which changes no
@@ -36,8 +38,8 @@ Where the paper is silent
              `--pseudo-filter random` keeps as many instances as the area would.
   step 3     "retrains the network": `--retrain-from pretrain` begins with the pre-trained extractor, as step 1 does, `1` with
              all of step 1. It visits real and generated sentences alike.
-  images     the longer side is resized to --size and the shorter padded. Large-scale jitter in pretrain alone: sentences name
-             places.
+  images     the longer side is resized to --size and the shorter padded; from 512 pixels on objects' masks have half of that.
+             Large-scale jitter in pretrain alone: sentences name places.
   lr         5e-4 is read as that of decoder and heads, the backbone and BERT have a tenth (Mask2Former's rule).
   best.pt    is chosen on val: by AP (pretrain), mIoU (1, 3, rb), CIDEr (1 without RES) or the reward of Eq. 6, with 1 or 0 for
              its softmax (2).
@@ -165,7 +167,8 @@ def get_parser():
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
     add("--m2f-weight", type=float, default=1.0, help="of Mask2Former's losses in steps 1 and 3")
-    add("--class-weight", type=float, default=2.0, help="of the class among them, where each of the masks' two has 5; Mask2Former's")
+    add("--class-weight", type=float, default=2.0, help="of the class among them, where each of the masks' two has 5; Mask2Former's. "
+        "Matching always has 2, 5 and 5")
     add("--sel-weight", type=float, default=1.0, help="of L_sel")
     add("--gen-weight", type=float, default=1.0, help="of L_gen, Eq. 2")
     add("--schedule", choices=("step", "cosine"), default="step",
@@ -190,7 +193,9 @@ def frontend(args, vocabulary):
             (not 0 < low <= high <= 16, f"--jitter {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
             (args.hypotheses < 2 and args.baseline == "mean", "--hypotheses 1 needs --baseline none: there are no others."),
             (not 0 < args.described <= 1, f"--described {args.described:g} is no share: give a number above 0 and at most 1."),
-            (min(args.beams, args.hypotheses, args.expressions) < 1, "--beams, --hypotheses and --expressions are at least 1.")):
+            (args.tau <= 0, f"--tau {args.tau:g} divides the scores of Eq. 6: give a number above 0."),
+            (min(args.beams, args.hypotheses, args.expressions, args.queries, args.points) < 1,
+             "--beams, --hypotheses, --expressions, --queries and --points are at least 1.")):
         if wrong:
             raise UserError(sentence)
     return lambda text: vocabulary.encode(text, args.max_words), data.Canvas(args.size)
@@ -216,8 +221,8 @@ class Mutual(nn.Module):
 
     def __init__(self, args, vocabulary):
         super().__init__()
-        if args.dim % args.heads or args.bert_dim % args.bert_heads:
-            raise UserError("--heads must divide --dim, and --bert-heads --bert-dim.")
+        if args.dim % 4 or args.dim % args.heads or args.bert_dim % args.bert_heads:
+            raise UserError("--heads and 4 must divide --dim, and --bert-heads --bert-dim.")
         self.use, self.stage = args, args.stage[-1]
         backbone = Small(24, (1, 2, 3, 1)) if args.backbone == "small" else args.backbone  # as LTS' small one, and stride 32
         self.extractor = Mask2Former(backbone, args.classes, args.queries, args.dim, args.heads, args.encoder_layers,
@@ -254,7 +259,7 @@ class Mutual(nn.Module):
         if self.stage == "rb":
             with torch.no_grad():
                 features = self.encode_image(images)
-                k = meant_proposals(self.locate(features, objects_image(targets), targets["masks"]), image_of, targets)
+                k = self.locate_meant(features, image_of, targets)
             return {"scores": self.selector(features["queries"], image_of, text), "k": k}
         outputs = self.extractor(normalise(images, self.extractor.mean, self.extractor.std), aux=True)
         counts = targets["count"].tolist()
@@ -278,7 +283,7 @@ class Mutual(nn.Module):
         """Stage 2: q1 hypotheses for each object by beam search, their rewards, and their log p with its gradient."""
         with torch.no_grad():
             features = self.encode_image(images)
-            k = meant_proposals(self.locate(features, objects_image(targets), targets["masks"]), image_of, targets)
+            k = self.locate_meant(features, image_of, targets)
             found = self.describe(features, image_of, k, self.use.hypotheses, hypotheses=self.use.hypotheses)
             ids, valid = self.generator.rows(found, self.use.hypotheses, k.device)               # (E, R, T+1), (E, R)
             values, shown = rewards(features, image_of, k, found)
@@ -322,6 +327,10 @@ class Mutual(nn.Module):
             queries, found = linear_sum_assignment(cost.cpu().numpy())
             k[own[torch.as_tensor(found, device=k.device)]] = torch.as_tensor(queries, device=k.device)
         return k
+
+    def locate_meant(self, features, image_of, targets):
+        """`locate` for the objects of a batch's targets, then the proposal k (E,) of what each of its sentences means."""
+        return meant_proposals(self.locate(features, objects_image(targets), targets["masks"]), image_of, targets)
 
     @torch.no_grad()
     def describe(self, features, image_of, k, beams=None, max_length=None, hypotheses=1):
@@ -539,13 +548,13 @@ class GenerationHead(nn.Module):
         ids = torch.full((len(k), 1, 1), self.start, device=k.device)
         total = torch.zeros(len(k), 1, device=k.device)
         ended = total > 0
-        only_end = torch.arange(len(self.banned), device=k.device) != self.end
-        only_pad = torch.arange(len(self.banned), device=k.device) != 0
+        pieces = torch.arange(len(self.banned), device=k.device)
+        end, pad = pieces == self.end, pieces == 0
         for length in range(max_length + 1):
             log_p = self.decode(ids[..., -1:], length, memory, caches)[:, :, -1].float().log_softmax(-1)   # (E, R, V)
-            banned = self.banned | (only_end if length == max_length else ~only_end if length == 0 else False)
+            banned = self.banned | (~end if length == max_length else end if length == 0 else False)
             log_p = log_p.masked_fill(banned, -math.inf)
-            log_p = torch.where(ended[..., None], torch.where(only_pad, -math.inf, 0.0), log_p)  # a whole sentence stays as it is
+            log_p = torch.where(ended[..., None], torch.where(pad, 0.0, -math.inf), log_p)  # a whole sentence stays as it is
             total, best = (total[..., None] + log_p).flatten(1).topk(min(beams, log_p[0].numel()))
             parent, piece = best // log_p.shape[-1], best % log_p.shape[-1]
             ids = torch.cat([ids.gather(1, parent[..., None].expand(-1, -1, ids.shape[-1])), piece[..., None]], -1)
@@ -588,6 +597,11 @@ def make_targets(example, box, stride):
     return {"masks": filled_boxes(inside) if box else inside, "labels": torch.from_numpy(dataset.labels[own]),
             "object": torch.from_numpy(own), "count": torch.tensor([len(own)]), "meant": torch.tensor(meant),
             "generated": torch.tensor([dataset.sources[e] == "generated" for e in expressions.tolist()])}
+
+
+def targets_of(args):
+    """`make_targets` as the settings have it; proposals' masks have a quarter of the canvas, so half of a large one is enough."""
+    return partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
 
 
 def jitter(example, low, high):
@@ -664,6 +678,7 @@ def reward(features, image_of, k, found, args, model, vocabulary, references, df
     if args.reward != "unambiguity":
         cider = captions.cider_d([captions.tokenize(text) for text in texts], [references[e] for e, _ in place], df)
         terms[1, rows, columns] = torch.tensor(cider, dtype=torch.float32, device=device)
+    terms[:, k < 0] = 0  # nothing was said of them
     return terms.sum(0), {"unambiguity": terms[0, :, 0].sum(), "CIDEr": terms[1, :, 0].sum()}
 
 
@@ -719,7 +734,11 @@ def undescribed(train, pool, args):
     """Empty sentences for the images that nobody described: the pool's, and those that --described leaves out."""
     kept = {expression["image_id"] for expression in described(args, train["expressions"])}
     hidden = {expression["image_id"] for expression in train["expressions"]} - kept
-    return blank_sentences([image for image in train["images"] if image["id"] in hidden] + pool["images"])
+    images = [image for image in train["images"] if image["id"] in hidden] + pool["images"]
+    if not images:
+        raise UserError(f"the pool of --coco {args.coco} has no image and --described 1 leaves none over: there is nothing to "
+                        "describe; go without --gsup, or lower --described.")
+    return blank_sentences(images)
 
 
 def real_and_generated(train, pool, generated, args):
@@ -765,21 +784,19 @@ def check_corpus(dataset):
                             f"{' without a mask' if len(objects) == 1 else ''}; this method selects and describes one.")
 
 
-def stage_data(args, vocabulary, folder, origin):
-    """(train, val) of a stage, ready for the loop; val of pretrain is --coco's. `folder` is the stage's."""
+def stage_data(args, vocabulary, origin):
+    """(train, val) of a stage, ready for the loop; those of pretrain are --coco's."""
     encode, canvas = frontend(args, vocabulary)
-    stage, coco = args.stage[-1], Path(args.data_root) / args.coco
-    targets = partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
-    common = {"encode": encode, "canvas": canvas, "targets": targets, "seed": args.seed, "flip": args.flip}
-    train_path, val_path = (data.split_path(args.data_root, args.dataset, split) for split in ("train", "val"))
+    stage = args.stage[-1]
+    corpus = args.coco if stage == "pretrain" else args.dataset
+    train_path, val_path = (data.split_path(args.data_root, corpus, split) for split in ("train", "val"))
+    seen = {"encode": encode, "canvas": canvas, "targets": targets_of(args), "seed": args.seed, "flip": args.flip}
     if stage == "pretrain":
-        train_path, val_path = coco / "train.json", coco / "val.json"
-        train_set, val_set = (data.RefDataset(path, encode, canvas, prepared=wordless(path))
-                              for path in (train_path, val_path))
-        common["augment"] = partial(jitter, low=args.jitter[0], high=args.jitter[1])
+        train_set, val_set = (data.RefDataset(path, encode, canvas, prepared=wordless(path)) for path in (train_path, val_path))
+        seen["augment"] = partial(jitter, low=args.jitter[0], high=args.jitter[1])
     else:
         if stage == "3":
-            generated = read_generated(origin["generate"])
+            generated = read_generated(origin["generate"].parent)
             train_set = with_pool(args, partial(real_and_generated, generated=generated, args=args))
         else:
             prepared = data.load_prepared(train_path)
@@ -788,31 +805,39 @@ def stage_data(args, vocabulary, folder, origin):
             train_set = data.RefDataset(train_path, encode, canvas, prepared=prepared)
         check_corpus(train_set)
         val_set = data.RefDataset(val_path, encode, canvas)
-    return labelled(train_set.view(**common), args.classes), labelled(val_set, args.classes)
+    return labelled(train_set.view(**seen), args.classes), labelled(val_set, args.classes)
 
 
 # ---- generation supervision ---------------------------------------------------------------------------------
 
-def generate(args, ranks, folder, model, vocabulary, origin):
+def made_with(args, checkpoint):
+    """What the pool's sentences depend on, kept beside them as made.json; checkpoint: the describer's digest."""
+    return {"checkpoint": checkpoint, "expressions": args.expressions, "beams": max(args.beams, args.expressions),
+            "max_words": args.max_words, "size": args.size, "input": args.input, "described": args.described, "seed": args.seed}
+
+
+def check_sentences(folder, made):
+    """Refuse sentences in `folder` that were made with something else than `made`. Raises UserError."""
+    known = folder / "made.json"
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    changed = [f"{name} {before[name]!s:.12} instead of {value!s:.12}" for name, value in made.items()
+               if before.get(name, value) != value]
+    if changed:
+        raise UserError(f"{folder} holds sentences made with {', '.join(changed)}; remove it and run --stage generate again.")
+
+
+def generate(args, ranks, folder, model, vocabulary, made):
     """Write --expressions sentences for every instance of the pool, a JSON line an image, into <run>/generate/rank<r>.jsonl.
 
-    What any number of ranks wrote before is kept, as long as the same weights wrote it. Raises UserError otherwise.
+    What any number of ranks wrote before is kept; made: `made_with`, written beside it.
     """
     encode, canvas = frontend(args, vocabulary)
-    targets = partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
-    pool = with_pool(args, partial(undescribed, args=args)).view(encode=encode, canvas=canvas, targets=targets)
+    pool = with_pool(args, partial(undescribed, args=args)).view(encode=encode, canvas=canvas, targets=targets_of(args))
     pool = labelled(pool, args.classes)
-    made = {"checkpoint": digest(origin), "expressions": args.expressions,
-            "beams": max(args.beams, args.expressions), "max_words": args.max_words, "size": args.size}
-    known = folder / "made.json"
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else made
-    if before != made:
-        raise UserError(f"{folder} holds sentences of other weights or settings ({before} instead of {made}); remove it to "
-                        "write anew.")
     written = {line["image"] for line in read_shards(folder)}
     distributed.barrier(ranks)
     if ranks.main:
-        write_text(known, json.dumps(made))
+        write_text(folder / "made.json", json.dumps(made))
     left = [[key for key in keys if int(pool.image_ids[key[1]]) not in written]
             for keys in data.plan_evaluation(pool, args.eval_batch_size)]
     mine = distributed.deal(ranks, [keys for keys in left if keys])
@@ -840,19 +865,17 @@ def generate(args, ranks, folder, model, vocabulary, origin):
         counts = {"images": len(lines), "objects": len(objects), "sentences": sum(len(o["sentences"]) for o in objects)}
         write_text(folder / "done.json", json.dumps(made | counts, indent=1))
         print(f"{counts['sentences']} sentences about {counts['objects']} instances of {counts['images']} images", flush=True)
-        example = lines[0]["objects"][0]["sentences"] if objects and lines[0]["objects"] else []
-        print("for example: " + ", ".join(repr(sentence["text"]) for sentence in example), flush=True)
+        for of_one in objects[:1]:
+            print("for example: " + ", ".join(repr(said["text"]) for said in of_one["sentences"]), flush=True)
     distributed.barrier(ranks)
 
 
 # ---- validation ---------------------------------------------------------------------------------------------
 
-MEASURE = {"pretrain": "AP", "1": "mIoU", "2": "reward", "3": "mIoU", "rb": "mIoU"}
-
-
 def measure_of(args):
     """What chooses a stage's best.pt on val."""
-    return "CIDEr" if args.tasks == "reg" and args.stage[-1] in ("1", "3") else MEASURE[args.stage[-1]]
+    res = "CIDEr" if args.tasks == "reg" else "mIoU"
+    return {"pretrain": "AP", "1": res, "2": "reward", "3": "mIoU", "rb": "mIoU"}[args.stage[-1]]
 
 
 def validate(args, ranks, model, vocabulary, val_set):
@@ -896,12 +919,13 @@ def average_precision(args, ranks, model, dataset):
     model.train(was_training)
     if not found:
         return 0.0
-    whole = [i for i, rle in enumerate(dataset.rles) if rle is not None]
-    boxed = {i: encode(filled_boxes(torch.from_numpy(dataset.object_mask(i))[None])[0].numpy()) for i in whole} \
-        if args.input == "box" else dataset.rles
-    annotations = [{"id": n, "image_id": int(dataset.image_ids[dataset.object_image[i]]),
-                    "category_id": int(dataset.categories[i]), "segmentation": boxed[i], "area": float(dataset.areas[i]),
-                    "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])} for n, i in enumerate(whole, start=1)]
+    annotations = []
+    for i in (i for i, rle in enumerate(dataset.rles) if rle is not None):
+        mask = dataset.object_mask(i)  # checks the code, which pycocotools would trust
+        rle = encode(filled_boxes(torch.from_numpy(mask)[None])[0].numpy()) if args.input == "box" else dataset.rles[i]
+        annotations.append({"id": len(annotations) + 1, "image_id": int(dataset.image_ids[dataset.object_image[i]]),
+                            "category_id": int(dataset.categories[i]), "segmentation": rle, "area": float(dataset.areas[i]),
+                            "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])})
     pictures = [{"id": int(i), "width": int(w), "height": int(h)} for i, (w, h) in zip(dataset.image_ids, dataset.sizes)]
     with redirect_stdout(StringIO()):
         truth = COCO()
@@ -1151,9 +1175,6 @@ def begin(args, model, vocabulary, origin):
         elif args.weights != "none":
             leaky.append(load_weights(extractor.backbone, args.weights, args.leaky_init)["leaky"])
     elif args.official:
-        if not args.leaky_init:
-            raise UserError(f"{args.official}: the model zoo's weights were trained on images of RefCOCO's val and test splits; "
-                            "say --leaky-init to start from them all the same, and every result will be marked.")
         extractor.load_official(read_detectron_pkl(args.official))
         leaky.append(True)
     else:
@@ -1176,11 +1197,16 @@ def transfer(model, path, vocabulary, parts):
 
 
 def run_stage(args, ranks, folder, origin):
-    """One stage in `folder`, from what lies there; origin: {stage: the file or folder of that stage}."""
+    """One stage in `folder`, from what lies there; origin: `origins`."""
     stage = args.stage[-1]
     finished = folder / "done.json"  # of generate; the others say it in last.pt
     state = checkpoint.load_newest(folder) if stage != "generate" else None
-    begun = {name: digest(origin[name]) for name in needed(args)}
+    begun = {name: hashlib.sha256(origin[name].read_bytes()).hexdigest() for name in needed(args)}
+    if stage == "generate":
+        made = made_with(args, begun["describer"])
+        check_sentences(folder, made)
+    elif stage == "3":
+        check_sentences(origin["generate"].parent, {"expressions": args.expressions})
     if state:
         check_same_run(state, args, folder)
         other = next((name for name, value in state["begun"].items() if begun.get(name) != value), None)
@@ -1199,25 +1225,43 @@ def run_stage(args, ranks, folder, origin):
     model = build_model(args, vocabulary)
     args.leaky_init = state["args"]["leaky_init"] if state else begin(args, model, vocabulary, origin)
     if stage == "generate":
-        return generate(args, ranks, folder, model.to(ranks.device), vocabulary, origin["describer"])
-    train(args, ranks, folder, state, model, vocabulary, *stage_data(args, vocabulary, folder, origin), begun)
+        return generate(args, ranks, folder, model.to(ranks.device), vocabulary, made)
+    train(args, ranks, folder, state, model, vocabulary, *stage_data(args, vocabulary, origin), begun)
 
 
 def chosen_stages(args):
     """The stages to run, in their order. Raises UserError for those that the settings rule out."""
-    impossible = {"2": args.tasks != "both" and f"--tasks {args.tasks}", "generate": args.tasks == "res" and "--tasks res",
-                  "3": args.tasks == "reg" and "--tasks reg", "rb": args.tasks != "both" and f"--tasks {args.tasks}"}
+    tasks = f"--tasks {args.tasks}"
+    ruled_out = {"pretrain": args.official and "--official", "2": args.tasks != "both" and tasks,
+                 "generate": args.tasks == "res" and tasks, "3": args.tasks == "reg" and tasks,
+                 "rb": args.tasks != "both" and tasks}
     if args.stage == ["all"]:
-        left_out = {stage for stage, why in impossible.items() if why}
+        left_out = {stage for stage, why in ruled_out.items() if why}
         left_out |= {"2"} if not args.dsup else set()
         left_out |= {"3"} if not args.gsup or "generate" in left_out and not args.reuse else set()
         left_out |= {"generate"} if "3" in left_out else set()
-        left_out |= {"pretrain"} if args.official else set()
         return [stage for stage in STAGES if stage not in left_out]
-    wrong = next((stage for stage in args.stage if impossible.get(stage)), None)
-    if wrong or "all" in args.stage:
-        raise UserError(f"--stage {wrong} makes no sense with {impossible[wrong]}." if wrong else "--stage all stands alone.")
+    if "all" in args.stage:
+        raise UserError("--stage all stands alone.")
+    for stage in args.stage:
+        if ruled_out.get(stage):
+            raise UserError(f"--stage {stage} makes no sense with {ruled_out[stage]}.")
     return [stage for stage in STAGES if stage in args.stage]
+
+
+def check_files(args, stages, folder):
+    """Refuse a chain that would end days later for want of a file that a stage still to begin reads. Raises UserError."""
+    if args.reuse and not Path(args.reuse).is_dir():
+        raise UserError(f"--reuse {args.reuse}: there is no such run.")
+    if args.official and not args.leaky_init:
+        raise UserError(f"{args.official}: the model zoo's weights were trained on images of RefCOCO's val and test splits; "
+                        "say --leaky-init to start from them all the same, and every result will be marked.")
+    fresh = {stage for stage in stages if not (folder / stage / "last.pt").is_file()}
+    read = {args.weights: {"pretrain"}, args.official: {"1", "3"}, args.bert_weights: {"1", "3", "rb"} if args.tasks != "reg" else set()}
+    for path, by in read.items():
+        if by & fresh and path not in ("", "none") and not Path(path).is_file():
+            raise UserError(f"{path} does not exist; data_prep/README.md says where the weights are published and how to make this "
+                            f"file of them, or run on the embedded data with `--yaml {EMBEDDED_YAML}`.")
 
 
 def needed(args):
@@ -1227,20 +1271,14 @@ def needed(args):
     return {"pretrain": [], "1": start, "2": ["1"], "generate": ["describer"], "3": [*start, "generate"], "rb": ["1"]}[args.stage[-1]]
 
 
-def digest(path):
-    """sha256 of a file, or of the list in the folder of `generate`."""
-    return hashlib.sha256((path / "done.json" if path.is_dir() else path).read_bytes()).hexdigest()
-
-
 def origins(args, folder):
-    """{stage: its best.pt, or generate's folder} of this run, or of --reuse where this run has none; `describer`, who writes
+    """{stage: its best.pt, or generate's done.json} of this run, or of --reuse where this run has none; `describer`, who writes
     for the pool, is stage 2, with --no-dsup step 1."""
     found = {}
     for stage in STAGES:
         name = "done.json" if stage == "generate" else "best.pt"
         places = [Path(run) / stage / name for run in (folder, args.reuse) if run]
-        path = next((path for path in places if path.is_file()), places[0])
-        found[stage] = path.parent if stage == "generate" and path.is_file() else path
+        found[stage] = next((path for path in places if path.is_file()), places[0])
     return found | {"describer": found["2" if args.dsup and args.tasks == "both" else "1"]}
 
 
@@ -1277,7 +1315,8 @@ def main(argv=None):
     args = parse(get_parser(), argv, own_yaml=YAML)
     splits, coco = ["train", "val", *args.eval_splits], Path(args.data_root) / args.coco
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
-    stages = chosen_stages(args)
+    stages, folder = chosen_stages(args), runlog.run_folder(args, Path(__file__).stem)
+    check_files(args, stages, folder)
     wanted = {"pretrain": ("train", "val"), "generate": ("pool",), "3": ("pool",)}
     wanted = [coco / f"{split}.json" for stage in stages for split in wanted.get(stage, ())]
     missing = [path for path in wanted if not path.is_file()]
@@ -1296,15 +1335,15 @@ def main(argv=None):
                     from data_prep import coco as instances_tool  # only the embedded data needs it here
                     instances_tool.shapes(args.data_root)
             distributed.barrier(ranks)
-        folder = runlog.run_folder(args, Path(__file__).stem)
         args.resume = True  # a chain goes on from what is there
         for stage in stages:
             origin = origins(args, folder)
             settings = of_stage(args, stage)
             lacking = next((origin[name] for name in needed(settings) if not origin[name].exists()), None)
             if lacking is not None:
-                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with; run the stages before it, or "
-                                "name a run that has it with --reuse.")
+                raise UserError(f"{lacking} does not exist, which --stage {stage} begins with"
+                                + (f", and {args.reuse} has none" if args.reuse else "")
+                                + "; run the stages before it, or name a run that has it with --reuse.")
             run_stage(settings, ranks, folder / stage, origin)
         evaluate_stages(args, ranks, folder)
     finally:

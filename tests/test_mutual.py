@@ -154,7 +154,8 @@ def test_eq5_and_6(flags):
         cider = captions.cider_d([said.split()], [reward.keywords["references"][e]], reward.keywords["df"])[0]
         expected = args.alpha * share * (args.reward != "cider") + cider * (args.reward != "unambiguity")
         assert values[e, r].item() == pytest.approx(float(expected), abs=1e-4)
-    assert values[1, 1] == 0 and len(shown) == 2
+    assert values[1, 1] == 0 and not values[3].any()
+    assert sum(shown.values()).item() == pytest.approx(values[:, 0].sum().item())
 
 
 def test_beam_search_is_exhaustive_and_caches_are_exact():
@@ -306,6 +307,11 @@ def test_average_precision_of_the_truth(root):
             return {"masks": masks, "classes": classes}
 
     assert mutual.average_precision(args, ALONE, Oracle(), dataset) > 90
+    damaged = [{**rle, "counts": "0"} for rle in dataset.rles]  # pycocotools would read what no pixel stands in
+    dataset.checked.clear()
+    Oracle.images = iter(range(len(dataset.image_ids)))
+    with pytest.raises(UserError, match="val.json, object"):
+        mutual.average_precision(args, ALONE, Oracle(), dataset.view(rles=damaged))
 
 
 @pytest.mark.parametrize("flags", ["--min-area 0", "--min-area 500", "--min-area 500 --pseudo-filter random"])
@@ -331,6 +337,9 @@ def test_generated_sentences_join_the_corpus(root, flags, share):
     assert not images[0] & images[1]
     for image in (0, int(merged.expression_image[new[0]])):
         assert merged.picture(image).shape == (3, *merged.sizes[image][::-1])
+    if share == 1:
+        with pytest.raises(UserError, match="nothing to describe"):
+            mutual.with_pool(args, lambda train, pool: mutual.undescribed(train, pool | {"images": []}, args))
     with pytest.raises(UserError, match="object 5 was described"):
         mutual.with_pool(args, partial(mutual.real_and_generated, generated={5: ["x"]}, args=args))
 
@@ -406,8 +415,14 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     mutual.main([*flags, "--stage", "generate"])
     assert {line["image"]: line for line in mutual.read_shards(folder)} == whole and len(whole) == 2
     (folder / "done.json").unlink()
-    with pytest.raises(UserError, match="holds sentences of other weights"):
-        mutual.main([*flags, "--stage", "generate", "--expressions", "2"])
+    for done in (False, True):
+        (folder / "done.json").write_text("{}") if done else None
+        for more, what in (("--expressions 2", "expressions 3 instead of 2"), ("--input box", "input mask instead of box"),
+                           ("--no-dsup", "checkpoint [0-9a-f]{12} instead of")):
+            with pytest.raises(UserError, match=f"holds sentences made with {what}"):
+                mutual.main([*flags, "--stage", "generate", *more.split()])
+    with pytest.raises(UserError, match="expressions 3 instead of 4"):
+        mutual.main([*flags[:-1], str(tmp_path / "five"), "--reuse", str(out), "--stage", "3", "--expressions", "4"])
 
     # step 3 on top of step 1
     args = mutual.of_stage(parse(mutual.get_parser(), [*flags, "--retrain-from", "1"]), "3")
@@ -424,14 +439,47 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
 @pytest.mark.parametrize("flags, stages", [
     ("", "pretrain 1 2 generate 3 rb"), ("--no-dsup", "pretrain 1 generate 3 rb"), ("--no-gsup", "pretrain 1 2 rb"),
     ("--tasks res", "pretrain 1"), ("--tasks res --reuse x", "pretrain 1 3"), ("--tasks reg", "pretrain 1"),
-    ("--official x.pkl", "1 2 generate 3 rb"), ("--stage rb 2", "2 rb"), ("--stage 2 --tasks reg", None)])
+    ("--official x.pkl", "1 2 generate 3 rb"), ("--stage rb 2", "2 rb"),
+    ("--stage 1 2 --tasks reg", UserError("2 makes no sense with --tasks reg")),
+    ("--stage pretrain --official x.pkl", UserError("pretrain makes no sense with --official")),
+    ("--stage all 2", UserError("stands alone"))])
 def test_chosen_stages(flags, stages):
     args = parse(mutual.get_parser(), [*TINY, *flags.split()])
-    if stages is None:
-        with pytest.raises(UserError, match="makes no sense"):
+    if isinstance(stages, UserError):
+        with pytest.raises(UserError, match=str(stages)):
             mutual.chosen_stages(args)
     else:
         assert mutual.chosen_stages(args) == stages.split()
+
+
+@pytest.mark.parametrize("flags, stage, sentence", [
+    ("--weights w.pt", "pretrain", "w.pt does not exist"), ("--weights w.pt", "1", ""), ("--weights there.pt", "pretrain", ""),
+    ("--bert-weights b.pt", "1", "b.pt does not exist"), ("--bert-weights b.pt", "rb", "b.pt does not exist"),
+    ("--bert-weights b.pt --tasks reg", "1", ""), ("--bert-weights b.pt", "2", ""), ("--bert-weights b.pt", "3", ""),
+    ("--official o.pkl --leaky-init", "1", "o.pkl does not exist"), ("--official there.pt", "1", "say --leaky-init"),
+    ("--reuse runs/x", "2", "runs/x: there is no such run")])
+def test_files_are_asked_for_before_a_chain_begins(tmp_path, monkeypatch, flags, stage, sentence):
+    """Of stages that are still to begin: here all but 3."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "3").mkdir(parents=True)
+    for name in ("there.pt", "run/3/last.pt"):
+        (tmp_path / name).touch()
+    args = parse(mutual.get_parser(), [*TINY, *flags.split()])
+    if sentence:
+        with pytest.raises(UserError, match=sentence):
+            mutual.check_files(args, ["generate", stage], tmp_path / "run")
+    else:
+        mutual.check_files(args, ["generate", stage], tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--tau 0", "--tau 0 divides"), ("--points 0", "--points are at least 1"), ("--dim 18 --heads 2", "--heads and 4 must divide"),
+    ("--size 100", "not a multiple of 32"), ("--jitter 2 1", "no range of factors"),
+    ("--hypotheses 1", "needs --baseline none"), ("--described 0", "is no share"), ("--max-words 511", "BERT reads 510")])
+def test_settings_that_cannot_be(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        args, _ = build(*flags.split())
+        mutual.frontend(args, VOCABULARY)
 
 
 # ---- overfitting gates --------------------------------------------------------------------------------------

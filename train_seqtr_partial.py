@@ -6,11 +6,12 @@ that fit their box are kept (`pseudo`), and the model of boxes learns contours a
 
     python train_seqtr_partial.py --yaml yaml/seqtr_partial_refshapes.yaml --rows         embedded data, two CPU cores, Table 2
     torchrun --nproc_per_node 4 train_seqtr_partial.py                                    the paper's setting, 10 % of RefCOCO
-    python train_seqtr_partial.py --ratio 1 --cctf off --pmca off                         Tables 1 and 2, the baseline
     python train_seqtr_partial.py --ratio 1 --rec-from runs/…/rec/best.pt --threshold inf Table 4, no selection
-    python train_seqtr_partial.py --stage res --ratio 100                                 fully supervised
+    python train_seqtr_partial.py --stage res --cctf off --pmca off --rec-from runs/…/rec/best.pt   Table 1, the baseline
+    python train_seqtr_partial.py --ratio 100 --rec-from runs/…/rec/best.pt               all masks: no pseudo labels, no `retrain`
 
-All stages run in their order, each in <run>/<stage>/; a further call goes on from what is there.
+All stages run in their order, each in <run>/<stage>/; a further call goes on from what is there. Of the objects without masks
+only the boxes are read.
 
 Where the paper is silent
   backbone      frozen, as most of it in SeqTR. `--no-freeze-backbone` trains it (with its BatchNorm statistics frozen).
@@ -23,8 +24,9 @@ Where the paper is silent
   SeqTR's code  `--base released`: YOLOv3's neck behind the trunk, BatchNorm in the fusion, pixels of 0..255 and black padding, a
                 GRU that reads over padding, positions for queries and keys alone, coordinates cut, not rounded, to bins of
                 sides rounded up to 32. Its checkpoints need it: `python -m data_prep.weights --kind seqtr`, then `--rec-from`.
-  own size      a canvas holds the image at its left-top and padding of one colour. Coordinates, CCTF and PMCA refer to the
-                part of the canvas that the image fills; cells of padding alone are not attended to, nor averaged.
+  own size      "resized to 640 x 640" keeps the sides' ratio: a canvas holds the image at its left-top and padding of one colour.
+                Coordinates, CCTF and PMCA refer to the part of the canvas that the image fills; cells of padding alone are not
+                attended to, nor averaged.
   Eq. 2         its M+1 values meet M bins: the far edge belongs to the last bin.
   contour       of the part with the largest area (`--contour bridge` joins all parts by their nearest points), on pixel edges,
                 from the leftmost of its topmost vertices; N points equally far apart along it, however short it is. SeqTR
@@ -48,6 +50,7 @@ Where the paper is silent
   location      is learnt from coordinates alone, through the whole decoder: too slowly on RefShapes, whose networks begin with
                 nothing. `--locate W`, which neither paper nor SeqTR has, adds a cross-entropy over the encoder's cells, whose
                 truth is each cell's share of the box. All stages know the boxes; no mask is used.
+  rates         those of `res` at 50 and 100 % are that at 10 %, that of `rec` is SeqTR's.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
 """
@@ -138,12 +141,11 @@ def get_parser():
     add("--cctf", choices=("paper", "released", "off"), default="paper", help="co-content teacher forcing, Eq. 4-5; Table 2")
     add("--pmca", choices=("paper", "released", "off"), default="paper", help="point-modulated cross-attention, Eq. 6-7; Table 2")
     add("--sigma", type=float, default=8.0, help="bandwidth of Eq. 7; SMCA's")
-    add("--points", type=int, default=18, help="N: 18, RefCOCOg 12; Sec. 4.2")
+    add("--points", type=int, default=18, help="N: 18, RefCOCOg 12; Sec. 4.2. (SeqTR's code has 12 for RefCOCO+, too)")
     add("--contour", choices=("largest", "bridge"), default="largest", help="what is traced of a mask in several parts")
     add("--sampling", choices=("uniform", "stride"), default="uniform", help="N points, or at most N by SeqTR's stride")
-    add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8 below it are kept; inf: all; Table 4. (A "
-        "polygon needs no binarisation)")
-    parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, the predicted points themselves; Table 3")
+    add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8, 0 to 2, below it are kept; inf: all; Table 4")
+    parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, the predicted points themselves are learnt; Table 3")
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
     add("--smoothing", type=float, default=0.1, help="label smoothing; SeqTR's")
@@ -167,11 +169,33 @@ def frontend(args, vocabulary):
     return lambda text: vocabulary.encode(plain(text), args.max_words), data.Canvas(args.size)
 
 
+def check_settings(args):
+    """Refuse numbers and mixtures of flags that no run can have, before any stage costs time. Raises UserError."""
+    for name, least in (("points", 2), ("bins", 2), ("epochs", 1), ("rec_epochs", 1), ("retrain_epochs", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
+    if args.sigma <= 0:
+        raise UserError(f"--sigma {args.sigma:g} is no bandwidth; give a number above 0.")
+    low, high = args.jitter
+    if not 0 < low <= high:
+        raise UserError(f"--jitter {low:g} {high:g}: give the smallest scale, above 0, and then the largest.")
+    if (low, high) != (1, 1) and args.expressions_per_image != 1:
+        raise UserError("--jitter looks at the object, so it needs --expressions-per-image 1; `--jitter 1 1` turns it off.")
+    if args.base == "released" and args.weights != "none" and not args.rec_from and args.stage in ("all", "rec"):
+        raise UserError(f"--base released sees pixels of 0..255, which the backbone in --weights {args.weights} was not trained with: begin "
+                        "with a SeqTR that data_prep.weights converted, by --rec-from, or with --weights none.")
+    for stage, flag, given in (("rec", "--rec-from", args.rec_from), ("res", "--pseudo-from", args.pseudo_from),
+                               ("pseudo", "--pseudo-from", args.pseudo_from)):
+        if given and args.stage == stage:
+            raise UserError(f"{flag} takes the place of the stage {stage}; leave one of the two out.")
+
+
 def of_stage(args, stage):
     """The settings of one stage: those of the call, with what the stage fixes."""
-    epochs = {"rec": args.rec_epochs, "retrain": args.retrain_epochs}.get(stage, args.epochs)
+    own = {"rec": args.rec_epochs, "retrain": args.retrain_epochs}
+    epochs = own.get(stage, args.epochs)
     changed = {"stage": stage, "epochs": epochs, "eval_every": max(1, round(args.eval_every * epochs / args.epochs)),
-               "lr": args.lr or RATES[args.ratio] if stage in ROWS else args.stage_lr}
+               "lr": args.stage_lr if stage in own else args.lr or RATES[args.ratio]}
     changed |= ROWS["baseline"] if stage == "rec" else ROWS.get(stage, {})
     return type(args)(**{**vars(args), **changed})
 
@@ -200,8 +224,8 @@ class SeqTR(nn.Module):
         if not set(self.strides) <= set(self.backbone.strides):
             raise UserError(f"--finest-stride {args.finest_stride} needs features at {self.strides}; --backbone "
                             f"{args.backbone} has {list(self.backbone.strides)}.")
-        if args.dim % 4 or args.dim % args.heads:
-            raise UserError(f"--dim {args.dim} must be a multiple of 4 and of --heads {args.heads}.")
+        if args.dim % 4 or args.dim % args.heads or args.text_dim % 2:
+            raise UserError(f"--dim {args.dim} must be a multiple of 4 and of --heads {args.heads}, and --text-dim even.")
         fine, middle, coarse = (self.backbone.channels[stride] for stride in self.strides)
         conv = DarknetConv if self.released else ConvNormAct
         self.neck = freeze_batchnorm(DarknetNeck(coarse)) if self.released else nn.Identity()
@@ -223,6 +247,12 @@ class SeqTR(nn.Module):
         self.places = nn.Embedding(2 * args.points + 1, args.dim)  # of the sequence; a box uses the first five
         self.predictor = nn.Sequential(nn.Linear(args.dim, args.dim), nn.ReLU(), nn.Linear(args.dim, args.dim), nn.ReLU(),
                                        nn.Linear(args.dim, args.bins + 1))
+        self.first_values()
+        self.locator = nn.Linear(args.dim, 1) if args.locate else None
+
+    @torch.no_grad()
+    def first_values(self):
+        """Draw what training begins with, where torch's own values would let it locate nothing (see `first values` above)."""
         for module in (self.encoder, self.decoder, self.task, self.coordinates, self.places):
             for parameter in module.parameters():
                 if parameter.ndim > 1:
@@ -237,12 +267,10 @@ class SeqTR(nn.Module):
         quiet = [layer.feed_forward[-1] for layer in (*self.encoder, *self.decoder)]
         quiet += [layer.attention.out for layer in self.encoder] + [layer.own.out for layer in self.decoder]
         for layer in quiet + [layer.cross.out for layer in self.decoder[1:]]:
-            layer.weight.data *= 0.1
-        with torch.no_grad():  # bins that lie together begin alike, as what is read and as what is said
-            waves = bin_waves(args.bins, args.dim)
-            self.coordinates.weight[:-1] = 0.3 * waves
-            self.predictor[-1].weight[:-1] = 0.3 * waves
-        self.locator = nn.Linear(args.dim, 1) if args.locate else None
+            layer.weight.mul_(0.1)
+        waves = 0.3 * bin_waves(self.bins, self.coordinates.embedding_dim)
+        self.coordinates.weight[:-1] = waves  # bins that lie together begin alike, as what is read and as what is said
+        self.predictor[-1].weight[:-1] = waves
 
     def encode_image(self, images):
         """What no sentence changes, once per image: images (B,3,H,W) uint8 or float in 0..1 -> fused map (B,text_dim,h,w) and
@@ -267,7 +295,9 @@ class SeqTR(nn.Module):
         return {"logits": self.decode(memory, tokens), "where": memory["where"]}
 
     def encode(self, features, image_of, text):
-        """Fusion and encoder: features from `encode_image` -> Memory of each sentence."""
+        """Fusion and encoder: features from `encode_image` -> what the decoder reads, a dict with rows for sentences: `keys` of each
+        of its layers, `visible` (E,S), the cells' places `u` (E,w) and `v` (E,h), how many `cells` (E,2) the image spans, `lines` of
+        CCTF and `where` (E,h,w) of --locate, or None."""
         visual, size = features
         size = size[image_of]
         if self.released:  # the GRU reads on over padding, up to the longest sentence
@@ -280,9 +310,9 @@ class SeqTR(nn.Module):
         fused = visual.tanh().index_select(0, image_of) * sentence.tanh()[..., None, None]                   # Eq. 1
         x = self.project(fused)
         h, w = x.shape[2:]
-        stride = self.strides[-1]
+        stride, frame = self.strides[-1], token_frame(size, self.released)
         column, row = (torch.arange(side, device=x.device) for side in (w, h))
-        u, v = (column + 0.5) * stride / size[:, :1], (row + 0.5) * stride / size[:, 1:]     # (E, w), (E, h), shares of the sides
+        u, v = (column + 0.5) * stride / frame[:, :1], (row + 0.5) * stride / frame[:, 1:]   # (E, w), (E, h), shares of the sides
         valid_x, valid_y = column * stride < size[:, :1], row * stride < size[:, 1:]         # where the near edge is the image's
         visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, S)
         place = [valid.cumsum(1) / valid.sum(1, keepdim=True) for valid in (valid_x, valid_y)] if self.released else [u, v]
@@ -295,8 +325,7 @@ class SeqTR(nn.Module):
         where = self.locator(x)[..., 0].masked_fill(~visible, -1e4).unflatten(1, (h, w)) if self.locator else None
         lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
         keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
-        cells = token_frame(size, self.released) / stride
-        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": cells, "lines": lines, "where": where}
+        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": frame / stride, "lines": lines, "where": where}
 
     def embed(self, memory, tokens, start=0):
         """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
@@ -314,15 +343,11 @@ class SeqTR(nn.Module):
     def decode(self, memory, tokens=None, start=0, cache=None):
         """Logits of what follows each token. Without a cache: tokens (E,T) -> (E,T+1,M+1), for [TASK] and each token. With a
         cache (a list, a dict for each decoder layer): only the new tokens are computed, and [TASK] stands for tokens=None."""
-        count = len(memory["visible"])
-        task = self.task.weight[0 if self.box else 1].expand(count, 1, -1)
-        if tokens is None:
-            s = task
-        elif cache is None:
-            s, start = torch.cat([task, self.embed(memory, tokens)], 1), -1
-        else:
-            s = self.embed(memory, tokens, start)
-        place = self.places.weight[start + 1:start + 1 + s.shape[1]] if tokens is not None else self.places.weight[:1]
+        with_task = cache is None or tokens is None
+        parts = [self.task.weight[0 if self.box else 1].expand(len(memory["visible"]), 1, -1)] if with_task else []
+        parts += [] if tokens is None else [self.embed(memory, tokens, start)]
+        s = torch.cat(parts, 1)
+        place = self.places.weight[0 if with_task else start + 1:][:s.shape[1]]
         x = s if self.released else s + place
         for i, layer in enumerate(self.decoder):
             x = layer(x, s, place, memory, memory["keys"][i], None if cache is None else cache[i])
@@ -544,15 +569,16 @@ def sequence(share, points, contour, sampling):
     return np.zeros((0, 2)) if line is None else sample(line, points, sampling)
 
 
-def jitter(example, low, high, flip):
+def jitter(example, low, high, flip, pseudo=None):
     """Large-scale jitter: the Frame of one sentence's image, scaled by low … high and cropped to the canvas where it is larger,
-    the labelled object as a whole wherever it fits; mirrored with probability `flip`."""
-    frame, rng = example.frame, example.rng
+    the object as a whole wherever it fits; mirrored with probability `flip`. pseudo: as for `make_targets`."""
+    frame, rng, e = example.frame, example.rng, int(example.expressions[0])
+    mask = masks.decode(pseudo[e], checked=True) if pseudo and e in pseudo else example.masks[0]
     scale, flipped = rng.uniform(low, high), rng.random() < flip
     sides = [max(1, round(side * scale)) for side in (frame.in_width, frame.in_height)]
     corner = []
     for axis, (side, canvas) in enumerate(zip(sides, (frame.canvas_width, frame.canvas_height))):
-        line = example.masks[0].any(axis)
+        line = mask.any(axis)
         line = line[::-1] if flipped and axis == 0 else line
         there = np.flatnonzero(line) if line.any() else np.arange(len(line))
         near, far = there[0] * side / len(line), (there[-1] + 1) * side / len(line)
@@ -562,18 +588,20 @@ def jitter(example, low, high, flip):
     return data.Frame(frame.width, frame.height, *sides, frame.canvas_width, frame.canvas_height, *corner, flipped)
 
 
-def box_mask(dataset, e):
-    """The annotated box of a sentence as a mask (H,W), at least a pixel wide."""
-    width, height = dataset.sizes[dataset.expression_image[e]]
-    x0, y0, x1, y1 = np.round(dataset.expression_box(e)).astype(int)
+def box_mask(dataset, objects):
+    """The box round the annotated boxes of an image's objects as a mask (H,W), at least a pixel wide."""
+    width, height = dataset.sizes[dataset.object_image[objects[0]]]
+    near, size = dataset.boxes[objects, :2], dataset.boxes[objects, 2:]
+    x0, y0 = np.round(near.min(0)).astype(int).clip(0, [width - 1, height - 1])
+    x1, y1 = np.round((near + size).max(0)).astype(int)
     mask = np.zeros((height, width), bool)
-    mask[max(0, min(y0, height - 1)):max(y1, y0 + 1), max(0, min(x0, width - 1)):max(x1, x0 + 1)] = True
+    mask[y0:max(y1, y0 + 1), x0:max(x1, x0 + 1)] = True
     return mask
 
 
-def mixed_mask(dataset, pseudo, e):
-    """The pseudo mask of sentence e where it has one, else the annotated mask."""
-    return masks.decode(pseudo[e], checked=True) if e in pseudo else dataset.expression_mask(e)
+def boxes_alone(dataset, **changes):
+    """A view in which objects have their boxes for masks, so that no hidden mask is ever looked at, or need be there."""
+    return dataset.view(object_mask=lambda i: box_mask(dataset, [i]), **changes)
 
 
 def projection_loss(mask, box):
@@ -623,17 +651,20 @@ def has_masks(args, dataset):
 
 
 def training_view(args, train_set, labels):
-    """What a stage learns from: the boxes of all sentences, the masks of some, or those with pseudo masks, of the file `labels`."""
+    """What a stage learns from: the boxes of all sentences, the masks of some, or those with pseudo masks, of the file `labels`.
+    Raises UserError where there is nothing."""
     if args.stage == "rec":
-        return train_set.view(expression_mask=partial(box_mask, train_set), targets=partial(train_set.targets, box=True))
+        return boxes_alone(train_set, targets=partial(train_set.targets, box=True))
     supervised = has_masks(args, train_set)
+    if not supervised.any():
+        raise UserError(f"{train_set.path}: no sentence means only objects of the {args.ratio} % that have masks; raise --ratio.")
     if args.stage in ROWS:
         return narrowed(train_set, supervised)
-    pseudo, raw = read_pseudo(labels, train_set, args.threshold)
+    pseudo, raw = read_pseudo(args, labels, train_set)
     supervised[list(pseudo)] = True
-    view = narrowed(train_set, supervised)
-    return view.view(expression_mask=partial(mixed_mask, train_set, pseudo),
-                     targets=partial(train_set.targets, pseudo=pseudo, raw=None if args.rpp else raw))
+    return narrowed(train_set, supervised).view(
+        targets=partial(train_set.targets, pseudo=pseudo, raw=None if args.rpp else raw),
+        augment=partial(train_set.augment, pseudo=pseudo) if train_set.augment else None)
 
 
 def check_corpus(dataset):
@@ -666,9 +697,7 @@ def polygon_bound(dataset, bins, released=False, limit=300):
 def make_pseudo(args, ranks, folder, model, train_set):
     """Predict a contour for every sentence of train whose object has no mask, and write <run>/pseudo/masks.json: masks (RLE) and
     points in the image's frame, and D of Eq. 8."""
-    unlabelled = narrowed(train_set, ~has_masks(args, train_set))
-    # evaluation is given boxes for truth, so that no hidden mask is ever looked at
-    view = unlabelled.view(expression_mask=partial(box_mask, train_set), targets=None)
+    view = narrowed(boxes_alone(train_set, targets=None), ~has_masks(args, train_set))
     mine = []
 
     def keep(batch, output, predicted):
@@ -677,8 +706,9 @@ def make_pseudo(args, ranks, folder, model, train_set):
             points = frame.points_img(output["points"][of_image].cpu().double())
             for e, mask, drawn in zip(batch.index[of_image].tolist(), predicted[i].cpu().numpy(), points.numpy()):
                 drawn = drawn[np.isfinite(drawn).all(1)].round(2)
-                mine.append({"index": e, "id": int(train_set.sent_ids[e]), "mask": masks.encode(mask),
-                             "points": drawn.tolist(), "D": round(projection_loss(mask, box_mask(train_set, e)), 6)})
+                distance = projection_loss(mask, box_mask(train_set, train_set.objects_of[e]))
+                mine.append({"index": e, "id": int(train_set.sent_ids[e]), "mask": masks.encode(mask), "points": drawn.tolist(),
+                             "D": round(distance, 6)})
 
     if len(view.with_expressions):
         metrics.evaluate(model, view, ranks, args.eval_batch_size, args.workers, args.amp, on_batch=keep)
@@ -689,18 +719,21 @@ def make_pseudo(args, ranks, folder, model, train_set):
     distributed.barrier(ranks)
 
 
-def read_pseudo(path, dataset, threshold):
-    """The labels whose D is below `threshold` and whose mask is not empty: {expression: RLE}, {expression: (P,2) points of the
-    image}. Raises UserError where the file is missing or does not belong to the corpus."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; --stage pseudo makes it.")
+def read_pseudo(args, path, dataset):
+    """The labels whose D is below --threshold and whose mask is not empty: {expression: RLE}, {expression: (P,2) points of the
+    image}. Raises UserError where the file is damaged, or of another corpus or ratio."""
+    content = read_json(path)
+    meta = field(content, "meta", dict, path)
+    of = field(meta, "dataset", str, path), field(meta, "ratio", int, path)
+    if of != (args.dataset, args.ratio):
+        raise UserError(f"{path} is for {of[0]} with {of[1]} % of the masks, not for {args.dataset} with --ratio {args.ratio}.")
     known = {id_: e for e, id_ in enumerate(dataset.sent_ids.tolist())}
     pseudo, raw = {}, {}
-    for label in field(read_json(path), "labels", list, path):
+    for label in field(content, "labels", list, path):
         e = known.get(field(label, "id", int, path))
         if e is None:
             raise UserError(f"{path}: train has no sentence {label['id']}; was the corpus made again? Remove {path.parent}.")
-        if not field(label, "D", float, path) < threshold:
+        if not field(label, "D", float, path) < args.threshold:
             continue
         width, height = dataset.sizes[dataset.expression_image[e]]
         try:
@@ -886,36 +919,39 @@ class stop_signal:
 
 def transfer(model, begun, path, args):
     """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images.
-    PMCA's may be missing, the locator's too, or be left over; of another number of points as many places are taken as there
-    are. Raises UserError where the rest differs."""
+    PMCA's and the locator's may be missing, the locator's be left over; of another number of points as many places are taken as
+    there are. Raises UserError where the rest differs."""
     if "coordinates.weight" not in begun["model"]:
         raise UserError(f"{path} was made by {begun['script']}.py and holds no SeqTR.")
     shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "bins")
     other = [f"--{key.replace('_', '-')} {begun['args'].get(key)}" for key in shape if begun["args"].get(key) != getattr(args, key)]
     if other:
         raise UserError(f"{path} was made with {', '.join(other)}; say the same to begin with it.")
-    own, theirs = model.state_dict(), dict(begun["model"])
+    own = model.state_dict()
+    theirs = {name: value for name, value in begun["model"].items() if name in own or "locator." not in name}
     table = theirs["places.weight"][:len(own["places.weight"])]
     theirs["places.weight"] = torch.cat([table, own["places.weight"][len(table):]])
-    theirs = {name: value for name, value in own.items() if ".pmca." in name or "locator." in name} | theirs
-    theirs = {name: value for name, value in theirs.items() if name in own or "locator." not in name}
-    checkpoint.load_model(model, {"model": theirs}, path)
+    new = {name: value for name, value in own.items() if ".pmca." in name or "locator." in name}
+    checkpoint.load_model(model, {"model": new | theirs}, path)
     return bool(begun["args"].get("leaky_init"))
+
+
+def open_train(args):
+    """The split train with the targets and the jitter that all stages share; how it encodes sentences is set later."""
+    targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling,
+                      released=args.base == "released")
+    low, high = args.jitter
+    augment = partial(jitter, low=low, high=high, flip=args.flip) if (low, high) != (1, 1) else None
+    path, flip = data.split_path(args.data_root, args.dataset, "train"), 0.0 if augment else args.flip
+    train_set = data.RefDataset(path, None, None, targets, flip, args.seed, augment)
+    check_corpus(train_set)
+    return train_set
 
 
 def run_stage(args, ranks, folder, origin, labels):
     """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None; labels: the file of pseudo labels."""
     torch.manual_seed(args.seed)
-    train_path, begun = data.split_path(args.data_root, args.dataset, "train"), checkpoint.load(origin) if origin else None
-    released = args.base == "released"
-    targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling,
-                      released=released)
-    jittered = args.jitter != [1.0, 1.0]
-    if jittered and args.expressions_per_image != 1:
-        raise UserError("--jitter looks at the object, so it needs --expressions-per-image 1; `--jitter 1 1` turns it off.")
-    augment = partial(jitter, low=args.jitter[0], high=args.jitter[1], flip=args.flip) if jittered else None
-    train_set = data.RefDataset(train_path, None, None, targets, 0.0 if jittered else args.flip, args.seed, augment)
-    check_corpus(train_set)
+    begun, train_set = checkpoint.load(origin) if origin else None, open_train(args)
     if begun:  # the words that its weights know
         vocabulary = Vocabulary(begun["vocabulary"])
     else:
@@ -923,14 +959,16 @@ def run_stage(args, ranks, folder, origin, labels):
         known, vectors = load_words(glove) if args.embeddings == "glove" else ([], None)
         vocabulary = Vocabulary.build(train_set.texts, known)
     train_set.encode, train_set.canvas = frontend(args, vocabulary)
-    val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
     model = build_model(args, vocabulary)
 
     if args.stage == "pseudo":
-        if not (folder / "masks.json").is_file():
+        check_same_run(begun, of_stage(args, "res"), origin.parent)
+        made = folder / "masks.json"
+        if not made.is_file() or made.stat().st_mtime < origin.stat().st_mtime:
             checkpoint.load_model(model, begun, origin)
             make_pseudo(args, ranks, folder, model.to(ranks.device), train_set)
         return
+    val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
     state = checkpoint.load_newest(folder)
     if state:
         check_same_run(state, args, folder)
@@ -948,7 +986,7 @@ def run_stage(args, ranks, folder, origin, labels):
         if vectors is not None:
             model.language.load_vectors(vocabulary, known, vectors)
     if args.stage == "res" and ranks.main and not state:
-        bound = polygon_bound(val_set.view(targets=targets), args.bins, released)
+        bound = polygon_bound(val_set.view(targets=train_set.targets), args.bins, args.base == "released")
         print(f"{args.points} points of the true masks reach mIoU {bound:.2f} on val", flush=True)
     train(args, ranks, folder, state, model, vocabulary, training_view(args, train_set, labels), val_set)
 
@@ -962,20 +1000,39 @@ def run_stage(args, ranks, folder, origin, labels):
                   "--batch-size", str(args.eval_batch_size), "--workers", str(args.workers)], ranks)
 
 
+def stages_of(args, folder):
+    """What this call runs, [(stage, the best.pt that it begins with, or None)], and the file of pseudo labels. Raises UserError
+    where something is neither there nor made on the way."""
+    best = {stage: folder / stage / "best.pt" for stage in STAGES} | ({"rec": Path(args.rec_from)} if args.rec_from else {})
+    begins = {"baseline": "rec", "cctf": "rec", "res": "rec", "pseudo": "res", "retrain": args.retrain_from}
+    labels, all_known = Path(args.pseudo_from or folder / "pseudo" / "masks.json"), args.ratio == 100  # none is left to predict
+    skipped = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows, "res": args.pseudo_from,
+               "pseudo": args.pseudo_from or all_known, "retrain": all_known}
+    stages = [stage for stage in STAGES if not skipped[stage]] if args.stage == "all" else [args.stage]
+    for stage in stages:
+        needed = [(best[begins[stage]], begins[stage])] if stage != "rec" else []
+        for path, maker in needed + ([(labels, "pseudo")] if stage == "retrain" else []):
+            if maker not in stages and not path.is_file():
+                raise UserError(f"{path} does not exist, which the stage {stage} needs; the stage {maker} makes such a file.")
+    return [(stage, best.get(begins.get(stage))) for stage in stages], labels
+
+
 def print_stages(args, folder, labels):
     """One table of what the stages reached, from the files that they left."""
     whole = f"--cctf {args.cctf} --pmca {args.pmca}" if "off" in (args.cctf, args.pmca) else "+ CCTF + PMCA"
     names = {"rec": "boxes", "baseline": "baseline", "cctf": "+ CCTF", "res": whole, "retrain": "+ retraining"}
     print(f"{'stage':10}{'':26}{'split':>8}{'REC@0.5':>9}{'mIoU':>8}{'oIoU':>8}{'Pr@0.5':>8}{'Pr@0.9':>8}{'minutes':>9}   {folder}")
     for stage, name in names.items():
-        seconds = [math.nan, *(record["seconds"] for record in runlog.read_log(folder / stage) if "seconds" in record)]
+        clock = np.array([record["seconds"] for record in runlog.read_log(folder / stage) if "seconds" in record])
+        gained = np.diff(clock, prepend=0)
+        minutes = np.where(gained < 0, clock, gained).sum() / 60  # the clock of a run that went on began anew
         for split in args.eval_splits:
             path = folder / stage / "eval" / f"{args.dataset}_{split}.json"
             if path.is_file():
                 summary = read_json(path)
                 cells = ["-" if stage == "rec" else f"{summary[key]:.2f}" for key in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.9")]
                 print(f"{stage:10}{name:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(f"{cell:>8}" for cell in cells)
-                      + f"{seconds[-1] / 60:>9.1f}")
+                      + f"{minutes:>9.1f}")
         if stage == "res" and labels.is_file():
             values = np.array([label["D"] for label in read_json(labels)["labels"]])
             print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")
@@ -984,6 +1041,7 @@ def print_stages(args, folder, labels):
 def main(argv=None):
     """Prepare, then train the stages one after the other; each scores its best.pt on --eval-splits and writes its report."""
     args = parse(get_parser(), argv, own_yaml=YAML)
+    check_settings(args)
     splits = ["train", "val", *args.eval_splits]
     present = data.require(args.data_root, args.dataset, splits, EMBEDDED_YAML)
     ranks = distributed.start(args.device)
@@ -999,19 +1057,9 @@ def main(argv=None):
             distributed.barrier(ranks)
         folder = runlog.run_folder(args, Path(__file__).stem)
         args.resume = True  # a chain goes on from what is there
-        first, labels = Path(args.rec_from or folder / "rec" / "best.pt"), Path(args.pseudo_from or folder / "pseudo" / "masks.json")
-        origins = dict.fromkeys(STAGES, first) | {"rec": None, "pseudo": folder / "res" / "best.pt"}
-        if args.retrain_from == "res":
-            origins["retrain"] = folder / "res" / "best.pt"
-        all_known = args.ratio == 100  # none is left to predict
-        unwanted = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows, "res": args.pseudo_from,
-                    "pseudo": args.pseudo_from or all_known, "retrain": all_known}
-        for stage in STAGES:
-            if args.stage != stage and (args.stage != "all" or unwanted.get(stage)):
-                continue
-            if origins[stage] and not origins[stage].is_file():
-                raise UserError(f"{origins[stage]} does not exist, which --stage {stage} begins with; run the stages before it.")
-            run_stage(of_stage(args, stage), ranks, folder / stage, origins[stage], labels)
+        stages, labels = stages_of(args, folder)
+        for stage, origin in stages:
+            run_stage(of_stage(args, stage), ranks, folder / stage, origin, labels)
         if ranks.main:
             print_stages(args, folder, labels)
     finally:

@@ -1,6 +1,7 @@
 """Partial-RES: sequences and their edge cases, equations against naive loops, the cache, each flag, the chain of stages."""
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import train_seqtr_partial as partial_res
-from common import checkpoint, contours, data, masks
+from common import checkpoint, contours, data, distributed, masks
 from common.config import UserError, parse
 from common.text import Vocabulary
+from data_prep import subsets
 
 VOCABULARY = Vocabulary([f"w{i}" for i in range(20)])
 TINY = ["--yaml", "yaml/seqtr_partial_refshapes.yaml", "--size", "64", "--dim", "16", "--heads", "2", "--text-dim", "16",
@@ -386,6 +388,14 @@ def test_first_values_let_it_locate():
     assert np.mean(losses[-20:]) < 0.75 * math.log(4)
 
 
+@pytest.mark.parametrize("box, expected", [((3.4, 2, 4, 5), (3, 2, 7, 7)), ((3, 2, 0, 0), (3, 2, 4, 3)), ((-9, -9, 12, 30), (0, 0, 3, 20)),
+                                           ((-9, 4, 3, 2), (0, 4, 1, 6)), ((90, 90, 5, 5), (29, 19, 30, 20))])
+def test_box_masks_stay_in_their_image(box, expected):
+    corpus = type("Corpus", (), {"sizes": np.array([[30, 20]]), "object_image": np.array([0]), "boxes": np.array([box], float)})
+    mask, (x0, y0, x1, y1) = partial_res.box_mask(corpus, [0]), expected
+    assert mask.shape == (20, 30) and mask[y0:y1, x0:x1].all() and mask.sum() == (y1 - y0) * (x1 - x0)
+
+
 def test_average():
     """Begins equal to the weights, follows them, and takes buffers of whole numbers over."""
     model, averaged = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
@@ -448,18 +458,21 @@ def test_chain(chain, shapes):
     for label in labels(out):
         e = int(np.flatnonzero(train.sent_ids == label["id"])[0])
         mask = masks.decode(masks.check_rle(label["mask"], *train.sizes[train.expression_image[e]][::-1]))
-        assert label["D"] == pytest.approx(partial_res.projection_loss(mask, partial_res.box_mask(train, e)), abs=1e-5)
+        assert label["D"] == pytest.approx(partial_res.projection_loss(mask, partial_res.box_mask(train, train.objects_of[e])), abs=1e-5)
     rec = checkpoint.load(out / "rec" / "best.pt")
     assert "REC@0.5" in rec["best"] and rec["args"]["cctf"] == "off" and not any(".pmca." in name for name in rec["model"])
 
 
 @pytest.mark.parametrize("flags, stage", [(["--ratio", "100"], "res"), (["--pseudo-from", "{out}/pseudo/masks.json", "--no-rpp"], "retrain")])
 def test_stages_that_are_not_needed(chain, shapes, tmp_path, flags, stage):
-    """Of all masks none is left to predict; labels of another run are taken as they are."""
+    """Of all masks none is left to predict; labels of another run are taken as they are. A stage begins with the weights it is
+    given, and so does their average."""
     out, _ = chain
     finish(*CHAIN, *(flag.format(out=out) for flag in flags), "--data-root", shapes, "--out", tmp_path / "r", "--rec-from",
-           out / "rec" / "best.pt", "--eval-splits", log=out.parent / "log")
+           out / "rec" / "best.pt", "--eval-splits", "--lr", "1e-20", "--stage-lr", "1e-20", log=out.parent / "log")
     assert {path.parent.name for path in (tmp_path / "r").glob("*/*")} == {stage} and not (tmp_path / "r" / stage / "eval").exists()
+    begun, averaged = (checkpoint.load(of / "best.pt")["model"] for of in (out / "rec", tmp_path / "r" / stage))
+    assert all(torch.allclose(value, averaged[name], atol=1e-6) for name, value in begun.items() if name != "places.weight")
 
 
 def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
@@ -467,6 +480,76 @@ def test_a_second_call_finds_all_done(chain, shapes, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in [*out.rglob("*.pt"), *out.rglob("eval/*"), out / "pseudo" / "masks.json"]}
     finish(*CHAIN, "--data-root", shapes, "--out", out, log=tmp_path / "log")
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_labels_are_made_anew_for_a_new_model(chain, shapes, tmp_path):
+    """Those older than `res` are not its own; with other settings than those of `res` nothing is predicted."""
+    out, ranks = tmp_path / "run", distributed.Ranks(0, 1, torch.device("cpu"))
+    shutil.copytree(chain[0], out)
+    label = lambda *flags: partial_res.run_stage(partial_res.of_stage(  # noqa: E731
+        parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes), *flags]), "pseudo"), ranks, out / "pseudo",
+        out / "res" / "best.pt", None)
+    (out / "pseudo" / "masks.json").write_text("kept")
+    label()
+    assert (out / "pseudo" / "masks.json").read_text() == "kept"
+    os.utime(out / "pseudo" / "masks.json", (0, 0))
+    with pytest.raises(UserError, match="was begun with --sigma 8.0"):
+        label("--sigma", "1")
+    label()
+    assert labels(out) == labels(chain[0])
+
+
+def test_boxes_stand_for_hidden_masks(shapes, tmp_path):
+    """With jitter, too, the boxes of all objects are learnt, contours predicted and learnt again where nobody drew the other masks."""
+    subsets.make(shapes, "refshapes", ratios=[50])
+    args = parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes), "--jitter", "0.3", "1.9", "--expressions-per-image", "1"])
+    train = partial_res.open_train(args)
+    train.encode, train.canvas = partial_res.frontend(args, VOCABULARY)
+    hidden = ~partial_res.has_masks(args, train)
+    kept = {i for e in np.flatnonzero(~hidden) for i in train.objects_of[e]}
+    train.rles = [rle if i in kept else None for i, rle in enumerate(train.rles)]
+
+    def crops(view):
+        for e in np.flatnonzero(hidden)[::5].tolist():
+            yield e, view[(e, int(train.expression_image[e]), np.array([e]))]["frame"]
+
+    def on_canvas(frame, near, far):
+        points = frame.points_in(np.array([near, far], float))
+        fits = (np.ptp(points, axis=0) <= 64).all()
+        assert not fits or (points >= -1).all() and (points <= 65).all()
+        return fits
+
+    assert sum(on_canvas(frame, *train.expression_box(e).reshape(2, 2))
+               for e, frame in crops(partial_res.training_view(partial_res.of_stage(args, "rec"), train, None))) > 5
+    pseudo_args, path = partial_res.of_stage(args, "pseudo"), tmp_path / "pseudo" / "masks.json"
+    model = partial_res.build_model(pseudo_args, VOCABULARY)
+    partial_res.make_pseudo(pseudo_args, distributed.Ranks(0, 1, torch.device("cpu")), path.parent, model, train)
+    found = json.loads(path.read_text())
+    assert [label["id"] for label in found["labels"]] == train.sent_ids[hidden].tolist()
+    for label, e in zip(found["labels"], np.flatnonzero(hidden)):
+        mask = np.zeros(train.sizes[train.expression_image[e]][::-1], bool)
+        mask[-20:, -20:] = True
+        label.update(mask=masks.encode(mask), points=[[1, 1], [9, 1], [9, 9]], D=0)
+    path.write_text(json.dumps(found))
+    view = partial_res.training_view(partial_res.of_stage(args, "retrain"), train, path)
+    for e, frame in crops(view):
+        assert on_canvas(frame, (frame.width - 20, frame.height - 20), (frame.width, frame.height))
+
+
+def test_no_sentence_with_a_mask(shapes, monkeypatch):
+    args = partial_res.of_stage(parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes)]), "res")
+    monkeypatch.setattr(partial_res, "has_masks", lambda args, dataset: np.zeros(len(dataset), bool))
+    with pytest.raises(UserError, match="only objects of the 50 %"):
+        partial_res.training_view(args, partial_res.open_train(args), None)
+
+
+def test_minutes_of_a_run_that_went_on(tmp_path, capsys):
+    args = parse(partial_res.get_parser(), [*CHAIN])
+    (tmp_path / "rec" / "eval").mkdir(parents=True)
+    (tmp_path / "rec" / "eval" / "refshapes_val.json").write_text('{"REC@0.5": 50.0}')
+    (tmp_path / "rec" / "log.jsonl").write_text("".join(f'{{"step": {i}, "seconds": {s}}}\n' for i, s in enumerate((60, 120, 30, 90))))
+    partial_res.print_stages(args, tmp_path, tmp_path / "none")
+    assert capsys.readouterr().out.splitlines()[1].split() == ["rec", "boxes", "val", "50.00", "-", "-", "-", "-", "3.5"]
 
 
 def test_what_retraining_learns_from(chain, shapes):
@@ -482,16 +565,19 @@ def test_what_retraining_learns_from(chain, shapes):
     path.parent.mkdir(parents=True)
     for label in prepared["labels"]:
         e = int(np.flatnonzero(train.sent_ids == label["id"])[0])
-        label["mask"] = masks.encode(partial_res.box_mask(train, e))
+        label["mask"] = masks.encode(partial_res.box_mask(train, train.objects_of[e]))
         label["D"], label["points"] = 0.0, [[1, 1], [9, 1], [9, 9]]
     width, height = train.sizes[train.expression_image[np.flatnonzero(train.sent_ids == prepared["labels"][0]["id"])[0]]].tolist()
     prepared["labels"][0]["mask"] = masks.encode(np.zeros((height, width), bool))
     prepared["labels"][1]["D"] = 0.1
     path.write_text(json.dumps(prepared))
-    pseudo, _ = partial_res.read_pseudo(path, train, 0.1)
-    assert len(pseudo) == len(prepared["labels"]) - 2 and len(partial_res.read_pseudo(path, train, math.inf)[0]) == len(pseudo) + 1
+    assert args.threshold == math.inf
+    all_labels, _ = partial_res.read_pseudo(args, path, train)
+    args.threshold = 0.1
+    pseudo, _ = partial_res.read_pseudo(args, path, train)
+    assert len(pseudo) == len(prepared["labels"]) - 2 and len(all_labels) == len(pseudo) + 1
     for flags, expected in (([], 5), (["--no-rpp"], 3)):
-        args.rpp, args.threshold = not flags, 0.1
+        args.rpp = not flags
         view = partial_res.training_view(args, train, path)
         assert sum(map(len, view.of_image)) == supervised.sum() + len(pseudo)
         view.encode, view.canvas = partial_res.frontend(args, VOCABULARY)
@@ -509,15 +595,31 @@ def test_what_retraining_learns_from(chain, shapes):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--stage", "res"], "rec/best.pt does not exist"), (["--stage", "retrain", "--rec-from", "{rec}"], "masks.json does not exist"),
-    (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--dim", "18"], "multiple of 4"), (["--size", "60"], "multiple of 32"),
+    (["--dim", "18"], "multiple of 4"), (["--text-dim", "15"], "--text-dim even"), (["--size", "60"], "multiple of 32"),
     (["--rec-from", "{rec}", "--dim", "32"], "made with --dim 16"), (["--out", "{out}", "--lr", "1"], "give the same settings to go on"),
+    (["--rec-from", "{rec}", "--pseudo-from", "{out}/pseudo/masks.json", "--ratio", "10"], "is for refshapes with 50 % of the masks"),
 ])
 def test_bad_input(chain, shapes, tmp_path, flags, sentence):
     out, _ = chain
     words = [word.format(rec=out / "rec" / "best.pt", out=out) for word in flags]
     with pytest.raises(UserError, match=sentence):
         partial_res.main([*CHAIN, "--data-root", str(shapes), "--out", str(tmp_path / "r"), *words])
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--stage", "res"], "rec/best.pt does not exist"), (["--rec-from", "none.pt"], "none.pt does not exist"),
+    (["--stage", "retrain", "--rec-from", __file__], "masks.json does not exist"), (["--pseudo-from", "none.json"], "none.json does not exist"),
+    (["--pseudo-from", __file__, "--retrain-from", "res"], "res/best.pt does not exist"),
+    (["--stage", "rec", "--rec-from", "x.pt"], "--rec-from takes the place of the stage rec"),
+    (["--stage", "res", "--pseudo-from", "x.json"], "--pseudo-from takes the place of the stage res"),
+    (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--jitter", "1.5", "0.5"], "smallest scale"),
+    (["--base", "released", "--weights", "x.pt"], "converted, by --rec-from"), (["--points", "1"], "--points 1: give at least 2"),
+    (["--rec-epochs", "0"], "--rec-epochs 0: give at least 1"), (["--sigma", "-8"], "no bandwidth"),
+])
+def test_refused_before_anything_is_trained(shapes, tmp_path, flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        partial_res.main([*CHAIN, "--data-root", str(shapes), "--out", str(tmp_path / "r"), *flags])
+    assert not (tmp_path / "r").exists()
 
 
 def test_sentences_that_mean_nothing_are_refused(shapes):

@@ -1,5 +1,6 @@
 """Subsets of masks: nested, seeded, of the right size, the same bytes again, and refused where they do not fit."""
 import json
+import shutil
 
 import pytest
 
@@ -16,16 +17,18 @@ def test_nested_and_sized():
     assert subsets.draw(range(20), 10) == [6, 14], "the order hangs on ids and seed alone, on every machine"
 
 
-def test_files(shapes, capsys):
-    subsets.main(["--dataset", "refshapes", "--data-root", str(shapes)])
-    paths = [subsets.subset_path(shapes, "refshapes", ratio) for ratio in subsets.RATIOS]
+def test_files(shapes, tmp_path, capsys):
+    (tmp_path / "refshapes").mkdir()  # the other tests' subsets stay
+    shutil.copy(shapes / "refshapes" / "train.json", tmp_path / "refshapes")
+    subsets.main(["--dataset", "refshapes", "--data-root", str(tmp_path)])
+    paths = [subsets.subset_path(tmp_path, "refshapes", ratio) for ratio in subsets.RATIOS]
     before = [path.read_bytes() for path in paths]
-    prepared = json.loads((shapes / "refshapes" / "train.json").read_text())
+    prepared = json.loads((tmp_path / "refshapes" / "train.json").read_text())
     named = {i for e in prepared["expressions"] for i in e["object_ids"]}
-    assert subsets.load(shapes, "refshapes", 100) == named and f"{len(named)} of {len(named)} objects" in capsys.readouterr().out
-    subsets.make(shapes, "refshapes")
+    assert subsets.load(tmp_path, "refshapes", 100) == named and f"{len(named)} of {len(named)} objects" in capsys.readouterr().out
+    subsets.make(tmp_path, "refshapes")
     assert [path.read_bytes() for path in paths] == before
-    subsets.make(shapes, "refshapes", seed=1)
+    subsets.make(tmp_path, "refshapes", seed=1)
     assert [path.read_bytes() for path in paths][:4] != before[:4]
 
 

@@ -565,6 +565,11 @@ def describe_picture(args, script, settings, model, vocabulary, device):
 
 def refuse_mixtures(args):
     """Raise UserError for flags that what is asked for would not heed, or negative numbers."""
+    if args.score_study:
+        default = vars(get_parser().parse_args([]))
+        given = [key for key, value in vars(args).items() if value != default[key] and key not in ("score_study", "data_root")]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} means nothing to --score-study, which reads the two files and the corpus.")
     how = {"--threshold": args.threshold is not None, "--crf": args.crf}
     maps = {f"--{key.replace('_', '-')}": True for key in classmaps.changed(args)}
     split = maps | {"--dataset": args.dataset, "--split": args.split != ["val"], "--limit": args.limit, "--compare": args.compare,
@@ -592,10 +597,10 @@ def main(argv=None, ranks=None):
     """Score, or answer about --image. A training script passes its own `ranks` when it calls this at its end."""
     argv = sys.argv[1:] if argv is None else list(argv)
     known, _ = get_parser().parse_known_args(argv)
-    if known.score_study:
-        print(study.scored(*known.score_study, known.data_root or "data"))
-        return
     refuse_mixtures(known)
+    if known.score_study:
+        print(study.scored(*known.score_study, parse(get_parser(), argv).data_root or "data"))
+        return
     started_here = ranks is None
     ranks = ranks or distributed.start(known.device)
     try:

@@ -228,6 +228,7 @@ def test_describe(run, tmp_path, capsys):
     (["--beams", "2", "--min-score", "0.1"], "--beams and --min-score mean nothing to --task res"),
     (["--task", "reg", "--image", "x.png"], "--image means nothing to --task reg"),
     (["--describe"], "--describe needs --image"),
+    (["--score-study", "a.json", "b.json"], "--run means nothing to --score-study"),
     (["--describe", "--image", "x.png", "--text", "a"], "--text means nothing to --describe"),
     (["--task", "reg", "--beams", "-1"], "numbers from 0 on"),
     (["--task", "reg", "--dataset", "refshapesg", "--refs", "merged"], "use --refs own"),
@@ -314,6 +315,13 @@ def test_two_people_score(clicked, shapes, capsys):
     assert "25.0 % of 4 sentences led both people to the object (50.0 % the first, 50.0 % the second)" in capsys.readouterr().out
     result = json.loads((clicked / "study_refshapes_testA_s1.json").read_text())
     assert [row["hits"] for row in result["rows"]] == [[True, True], [True, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--split", "testA"], "--split means nothing to --score-study"), (["--datta-root", "data"], "did you mean '--data-root'")])
+def test_a_study_needs_nothing_else(clicked, flags, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        evaluation.main(["--score-study", str(clicked / "a.json"), str(clicked / "b.json"), *flags])
 
 
 @pytest.mark.parametrize("change, sentence", [

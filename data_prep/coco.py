@@ -100,6 +100,11 @@ def convert(instances, images, refs, data_root, dataset="coco", exclude_google_v
     files = [Path(instances), *(Path(path) for path in refs if not Path(path).is_dir())]
     head = {"split_by": "", "exclude_google_val": exclude_google_val, "sources": [source(path) for path in files]}
     folder = Path(data_root) / dataset
+    if val_instances:
+        held_out = load_instances(val_instances)
+        both = held_out[0].keys() & train.keys()
+        if both:
+            raise UserError(f"{val_instances} shares {len(both)} images with {instances}, such as {min(both)}: no held-out set.")
 
     def write(split, entries, objects, categories, head, root):
         refuse_leak(entries, {"train": left_out, "pool": left_out | described}.get(split, set()),
@@ -128,11 +133,7 @@ def convert(instances, images, refs, data_root, dataset="coco", exclude_google_v
     write("pool", [entry for entry in entries if entry["id"] in seen], [o for o in objects if o["image_id"] in seen],
           categories, head, images)
     if val_instances:
-        records, annotations, categories = load_instances(val_instances)
-        both = records.keys() & train.keys()
-        if both:
-            raise UserError(f"{val_instances} shares {len(both)} images with {instances}, such as {min(both)}: no held-out set.")
-        head = head | {"sources": [source(val_instances)]}
+        (records, annotations, categories), head = held_out, head | {"sources": [source(val_instances)]}
     else:
         val_instances, val_images, records = instances, images, {i: records[i] for i in val & records.keys()}
     write("val", *prepare(records, annotations, val_instances, val_images), categories, head, val_images)
@@ -186,6 +187,10 @@ def main(argv=None):
     """Prepare the corpus and print its counts."""
     args = get_parser().parse_args(argv)
     if args.shapes:
+        default = vars(get_parser().parse_args([]))
+        given = [key for key, value in vars(args).items() if value != default[key] and key not in ("shapes", "data_root")]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} means nothing to --shapes, which knows its own files.")
         return print_counts(shapes(args.data_root), Path(args.data_root) / "cocoshapes")
     missing = [f"--{name}" for name in ("instances", "images", "refs") if not getattr(args, name)]
     if missing or bool(args.val_instances) != bool(args.val_images):

@@ -97,7 +97,7 @@ def test_refused(source, tmp_path, change, flags, sentence):
     flags = {name: tmp_path / value if isinstance(value, str) else value for name, value in flags.items()}
     with pytest.raises(UserError, match=sentence):
         coco.convert(**source | flags)
-    assert not (source["data_root"] / "coco" / "pool.json").exists() or "val_instances" in flags
+    assert not (source["data_root"] / "coco" / "pool.json").exists()
 
 
 def test_a_forgotten_corpus_is_said(source, monkeypatch, capsys):
@@ -108,6 +108,8 @@ def test_a_forgotten_corpus_is_said(source, monkeypatch, capsys):
     assert "warning: 6 images remain and not 5" in capsys.readouterr().out
     with pytest.raises(UserError, match="--refs must be given,"):
         coco.main(words)
+    with pytest.raises(UserError, match="--instances means nothing to --shapes"):
+        coco.main([*words, "--shapes"])
 
 
 def test_embedded(shapes):

@@ -71,6 +71,8 @@ def main(argv=None):
         raise UserError(f"--input {path} does not exist or is no file.")
     if out.exists() and out.samefile(path):
         raise UserError("--out is the input file; choose another name.")
+    if args.kind != "seqtr" and (args.words or args.dataset):
+        raise UserError(f"--words and --dataset are about SeqTR's checkpoints and mean nothing to --kind {args.kind}.")
     digest = sha256(path)
     try:
         model, left, notes = CONVERTERS[args.kind](path, args)
@@ -215,14 +217,15 @@ def convert_seqtr(path, args):
     state = read_state(path, ("ema_state_dict", "state_dict"))
     if any(name.startswith("head.task_embedding") for name in state):
         raise UserError(f"{path} is a multi-task SeqTR, which says a box before every contour; there is no such model here.")
-    places, table = (state.get(f"head.transformer.{name}.weight")
-                     for name in ("seq_positional_encoding.embedding", "query_embedding"))
-    if places is None or table is None or places.ndim != 2 or len(places) % 2 == 0 or len(places) < 5 or table.shape != (1001, 256):
+    places, table, vectors = (state.get(f"{name}.weight") for name in (
+        "head.transformer.seq_positional_encoding.embedding", "head.transformer.query_embedding", "lan_enc.embedding"))
+    if any(of is None or of.ndim != 2 for of in (places, table, vectors)) or len(places) % 2 == 0 or len(places) < 5 \
+            or table.shape != (1001, 256):
         raise UserError(f"{path} is no SeqTR with the names of its code; it begins with {_begin(state)}.")
     entries = read_words(args.words)
-    if len(state.get("lan_enc.embedding.weight", ())) != len(entries) + 2:
-        raise UserError(f"{args.words} numbers {len(entries) + 2:,} words, {path} has vectors for "
-                        f"{len(state.get('lan_enc.embedding.weight', ())):,}: they are of different corpora.")
+    if len(vectors) != len(entries) + 2:
+        raise UserError(f"{args.words} numbers {len(entries) + 2:,} words, {path} has vectors for {len(vectors):,}: they are of "
+                        "different corpora.")
     settings = seqtr.get_parser().parse_args([])
     vars(settings).update(base="released", dataset=args.dataset, stage="rec" if len(places) == 5 else "res", cctf="off", pmca="off",
                           points=len(places) // 2, max_words=20 if args.dataset.startswith("refcocog") else 15,
@@ -261,7 +264,7 @@ def seqtr_names(state):
     for name, value in state.items():
         begin = next((begin for begin in names if name.startswith(f"{begin}.")), None)
         end = name[len(begin):].replace(".out_proj.", ".out.") if begin else ""
-        if end.startswith(".in_proj_"):  # queries, keys and values in one
+        if end.startswith(".in_proj_") and value.ndim:  # queries, keys and values in one
             for part, rows in zip(("query", "key", "value"), value.chunk(3)):
                 renamed[f"{names[begin]}.{part}.{end.removeprefix('.in_proj_')}"] = rows
         else:

@@ -224,13 +224,21 @@ def test_released_targets():
     ({"fusion.top_project.1.bn.bias": None}, [], "lack merge3.1.bn.bias"),
     ({}, ["--leaky-init", "--coco-minus"], "training images"),
     ({"head.transformer.query_embedding.weight": torch.zeros(9, 256)}, [], "no SeqTR"),
-    ({"lan_enc.embedding.weight": torch.zeros(9, 300)}, [], "different corpora"), ("words", [], "no numbering of words")])
+    ({"lan_enc.embedding.weight": torch.zeros(9, 300)}, [], "different corpora"), ("words", [], "no numbering of words"),
+    ({"lan_enc.embedding.weight": torch.tensor(1.0)}, [], "no SeqTR"),
+    ({"head.transformer.encoder.layers.0.self_attn.in_proj_bias": torch.tensor(1.0)}, [], "lack encoder.0.attention")])
 def test_what_does_not_fit(monkeypatch, tmp_path, state, change, flags, sentence):
     words = {"PAD": 0, "UNK": 2} if change == "words" else WORDS
     changed = {name: value for name, value in (state | (change if change != "words" else {})).items() if value is not None}
     with pytest.raises(UserError, match=sentence):
         convert(monkeypatch, tmp_path, changed, *flags, words=words)
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_words_of_another_kind(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"as if")
+    with pytest.raises(UserError, match="mean nothing to --kind resnet"):
+        weights.main(["--kind", "resnet", "--input", str(tmp_path / "x.pth"), "--out", str(tmp_path / "y.pt"), "--words", "ix.pkl"])
 
 
 def test_averaged_weights_go_first(tmp_path):

@@ -569,7 +569,7 @@ def refuse_mixtures(args):
         default = vars(get_parser().parse_args([]))
         given = [key for key, value in vars(args).items() if value != default[key] and key not in ("score_study", "data_root")]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} means nothing to --score-study, which reads the two files and the corpus.")
+            raise UserError(f"--{given[0].replace('_', '-')} means nothing to --score-study, which reads two files and a corpus.")
     how = {"--threshold": args.threshold is not None, "--crf": args.crf}
     maps = {f"--{key.replace('_', '-')}": True for key in classmaps.changed(args)}
     split = maps | {"--dataset": args.dataset, "--split": args.split != ["val"], "--limit": args.limit, "--compare": args.compare,

@@ -41,6 +41,8 @@ Where the paper is silent
   images     the longer side is resized to --size and the shorter padded; from 512 pixels on objects' masks have half of that.
              Large-scale jitter in pretrain alone: sentences name places.
   lr         5e-4 is read as that of decoder and heads, the backbone and BERT have a tenth (Mask2Former's rule).
+  REG        is scored at the end of a run against the corpus' own sentences; Tables 1, 3 and 5 merge those of RefCOCO and RefCOCO+
+             (Sec. 4.1): `eval.py --task reg --refs merged`.
   best.pt    is chosen on val: by AP (pretrain), mIoU (1, 3, rb), CIDEr (1 without RES) or the reward of Eq. 6, with 1 or 0 for
              its softmax (2).
 """
@@ -167,8 +169,8 @@ def get_parser():
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
     add("--m2f-weight", type=float, default=1.0, help="of Mask2Former's losses in steps 1 and 3")
-    add("--class-weight", type=float, default=2.0, help="of the class among them, where each of the masks' two has 5; Mask2Former's. "
-        "Matching always has 2, 5 and 5")
+    add("--class-weight", type=float, default=2.0, help="of the class among them, where each of the masks' two has 5, and in "
+        "matching always 2; Mask2Former's")
     add("--sel-weight", type=float, default=1.0, help="of L_sel")
     add("--gen-weight", type=float, default=1.0, help="of L_gen, Eq. 2")
     add("--schedule", choices=("step", "cosine"), default="step",
@@ -1171,17 +1173,26 @@ def begin(args, model, vocabulary, origin):
         return transfer(model, origin["1"], vocabulary, [name for name, _ in model.named_children()])
     elif stage == "pretrain":
         if args.weights.endswith(".pth"):
-            extractor.load_swin_official(read_torch(args.weights))
+            load_published(args.weights, read_torch, extractor.load_swin_official)
         elif args.weights != "none":
             leaky.append(load_weights(extractor.backbone, args.weights, args.leaky_init)["leaky"])
     elif args.official:
-        extractor.load_official(read_detectron_pkl(args.official))
+        load_published(args.official, read_detectron_pkl, extractor.load_official)
         leaky.append(True)
     else:
         leaky.append(transfer(model, origin["pretrain"], vocabulary, ("extractor",)))
     if stage in ("1", "3", "rb") and model.selector is not None and args.bert_weights != "none":
         load_weights(model.selector.bert, args.bert_weights)
     return any(leaky)
+
+
+def load_published(path, read, load):
+    """`load` what `read` finds in the file; the UserError of weights that do not fit then names it."""
+    state = read(path)
+    try:
+        load(state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def transfer(model, path, vocabulary, parts):
@@ -1206,7 +1217,7 @@ def run_stage(args, ranks, folder, origin):
         made = made_with(args, begun["describer"])
         check_sentences(folder, made)
     elif stage == "3":
-        check_sentences(origin["generate"].parent, {"expressions": args.expressions})
+        check_sentences(origin["generate"].parent, {"expressions": args.expressions, "described": args.described})
     if state:
         check_same_run(state, args, folder)
         other = next((name for name, value in state["begun"].items() if begun.get(name) != value), None)
@@ -1257,9 +1268,9 @@ def check_files(args, stages, folder):
         raise UserError(f"{args.official}: the model zoo's weights were trained on images of RefCOCO's val and test splits; "
                         "say --leaky-init to start from them all the same, and every result will be marked.")
     fresh = {stage for stage in stages if not (folder / stage / "last.pt").is_file()}
-    read = {args.weights: {"pretrain"}, args.official: {"1", "3"}, args.bert_weights: {"1", "3", "rb"} if args.tasks != "reg" else set()}
-    for path, by in read.items():
-        if by & fresh and path not in ("", "none") and not Path(path).is_file():
+    bert = {"1", "3", "rb"} if args.tasks != "reg" else set()
+    for path, readers in ((args.weights, {"pretrain"}), (args.official, {"1", "3"}), (args.bert_weights, bert)):
+        if readers & fresh and path not in ("", "none") and not Path(path).is_file():
             raise UserError(f"{path} does not exist; data_prep/README.md says where the weights are published and how to make this "
                             f"file of them, or run on the embedded data with `--yaml {EMBEDDED_YAML}`.")
 

@@ -1,6 +1,7 @@
 """Mutual supervision: each equation against its plain form, each stage and flag, beam search, and the edges of matching."""
 import itertools
 import json
+import pickle
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -470,6 +471,16 @@ def test_files_are_asked_for_before_a_chain_begins(tmp_path, monkeypatch, flags,
             mutual.check_files(args, ["generate", stage], tmp_path / "run")
     else:
         mutual.check_files(args, ["generate", stage], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, flags", [("swin.pth", "--weights {}"), ("m2f.pkl", "--weights none --official {} --leaky-init")])
+def test_weights_that_do_not_fit_are_named(tmp_path, name, flags):
+    path = tmp_path / name
+    with open(path, "wb") as file:
+        torch.save({"model": {}}, file) if name == "swin.pth" else pickle.dump({"model": {"a": np.ones(2, "f4")}}, file)
+    args, model = build(*flags.format(path).split(), stage="1" if "official" in flags else "pretrain")
+    with pytest.raises(UserError, match=f"{name}: these weights"):
+        mutual.begin(args, model, VOCABULARY, {})
 
 
 @pytest.mark.parametrize("flags, sentence", [

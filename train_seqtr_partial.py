@@ -36,8 +36,9 @@ Where the paper is silent
   Eq. 4         cell floor(x W / M) of the image's own, fractional number of columns W; nothing for [TASK] and EOS. The
                 released code swaps the axes and scales by W - 1 and H - 1, padding included: `--cctf released`.
   Eq. 6-7       centre and scale in shares of the image, as the sigmoid suggests; log G joins the logits of every head (SMCA).
-                A layer's own MLP starts at a centre of 1/2 and a scale of 1/2: nearly flat. `--pmca released`: from the
-                state after self-attention, for each head, the scale free, in cells, and multiplied: log G = -(d s)^2 / sigma.
+                A layer's own MLP starts at a centre of 1/2 and a scale of 1/2: nearly flat; scales are at least 1/100. `--pmca
+                released`: from the state after self-attention, for each head, the scale free, in cells, and multiplied:
+                log G = -(d s)^2 / sigma.
   Eq. 8         "dice" is the loss, 1 - dice coefficient: only so is D < 0.10 stricter than no threshold.
   pseudo labels every sentence of train without a mask gets its own. Empty masks are no labels, whatever the threshold.
   retrain       begins from the model of boxes, as the released scripts; `--retrain-from res` goes on instead.
@@ -53,6 +54,8 @@ Where the paper is silent
   rates         those of `res` at 50 and 100 % are that at 10 %, that of `rec` is SeqTR's.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
+  not taken     from the released code: the sentence as one more token of the encoder, contours that run anti-clockwise, pseudo
+                labels of the last weights instead of their average, D of each part of a mask by itself.
 """
 import copy
 import math
@@ -144,8 +147,8 @@ def get_parser():
     add("--points", type=int, default=18, help="N: 18, RefCOCOg 12; Sec. 4.2. (SeqTR's code has 12 for RefCOCO+, too)")
     add("--contour", choices=("largest", "bridge"), default="largest", help="what is traced of a mask in several parts")
     add("--sampling", choices=("uniform", "stride"), default="uniform", help="N points, or at most N by SeqTR's stride")
-    add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8, 0 to 2, below it are kept; inf: all; Table 4")
-    parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, the predicted points themselves are learnt; Table 3")
+    add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8 (0 to 2) below it are kept; inf: all")
+    parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, learn the predicted points; Table 3")
     loss = parser.add_argument_group("loss and schedule")
     add = loss.add_argument
     add("--smoothing", type=float, default=0.1, help="label smoothing; SeqTR's")
@@ -171,7 +174,7 @@ def frontend(args, vocabulary):
 
 def check_settings(args):
     """Refuse numbers and mixtures of flags that no run can have, before any stage costs time. Raises UserError."""
-    for name, least in (("points", 2), ("bins", 2), ("epochs", 1), ("rec_epochs", 1), ("retrain_epochs", 1)):
+    for name, least in (("points", 2), ("bins", 2), ("heads", 1), ("epochs", 1), ("rec_epochs", 1), ("retrain_epochs", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}.")
     if args.sigma <= 0:
@@ -182,8 +185,8 @@ def check_settings(args):
     if (low, high) != (1, 1) and args.expressions_per_image != 1:
         raise UserError("--jitter looks at the object, so it needs --expressions-per-image 1; `--jitter 1 1` turns it off.")
     if args.base == "released" and args.weights != "none" and not args.rec_from and args.stage in ("all", "rec"):
-        raise UserError(f"--base released sees pixels of 0..255, which the backbone in --weights {args.weights} was not trained with: begin "
-                        "with a SeqTR that data_prep.weights converted, by --rec-from, or with --weights none.")
+        raise UserError(f"--base released sees pixels of 0..255, which the backbone in --weights {args.weights} was not trained with: "
+                        "begin with a SeqTR that data_prep.weights converted, by --rec-from, or with --weights none.")
     for stage, flag, given in (("rec", "--rec-from", args.rec_from), ("res", "--pseudo-from", args.pseudo_from),
                                ("pseudo", "--pseudo-from", args.pseudo_from)):
         if given and args.stage == stage:
@@ -295,9 +298,9 @@ class SeqTR(nn.Module):
         return {"logits": self.decode(memory, tokens), "where": memory["where"]}
 
     def encode(self, features, image_of, text):
-        """Fusion and encoder: features from `encode_image` -> what the decoder reads, a dict with rows for sentences: `keys` of each
-        of its layers, `visible` (E,S), the cells' places `u` (E,w) and `v` (E,h), how many `cells` (E,2) the image spans, `lines` of
-        CCTF and `where` (E,h,w) of --locate, or None."""
+        """Fusion and encoder: features from `encode_image` -> what the decoder reads, a dict with a row for each sentence: `keys`
+        of its layers, `visible` (E,S), the cells' places `u` (E,w) and `v` (E,h), how many `cells` (E,2) the image spans, CCTF's
+        `lines` and the logits `where` (E,h,w) of --locate, or None."""
         visual, size = features
         size = size[image_of]
         if self.released:  # the GRU reads on over padding, up to the longest sentence
@@ -387,9 +390,10 @@ class SeqTR(nn.Module):
         scale = max(1, 256 // side)                              # small canvases are drawn finer than their pixels
         prob = np.stack([rasterise(p * scale, side * scale, side * scale) for p in points.cpu().numpy()]) \
             if len(points) else np.zeros((0, side, side), bool)
-        heat = {} if self.locator is None else {"heat": {"location": memory["where"].flatten(1).softmax(1).view_as(memory["where"])}}
-        return {"prob": torch.from_numpy(prob).to(visual.device).float(), "threshold": INSIDE, "points": points,
-                "boxes": boxes_round(points), "score": score, **heat}
+        out = {"prob": torch.from_numpy(prob).to(visual.device).float(), "threshold": INSIDE, "points": points,
+               "boxes": boxes_round(points), "score": score}
+        where = memory["where"]
+        return out if where is None else out | {"heat": {"location": where.flatten(1).softmax(1).view_as(where)}}
 
 
 def extent(images, fill):
@@ -1034,7 +1038,7 @@ def print_stages(args, folder, labels):
                 print(f"{stage:10}{name:26}{split:>8}{summary['REC@0.5']:>9.2f}" + "".join(f"{cell:>8}" for cell in cells)
                       + f"{minutes:>9.1f}")
         if stage == "res" and labels.is_file():
-            values = np.array([label["D"] for label in read_json(labels)["labels"]])
+            values = np.array([field(label, "D", float, labels) for label in field(read_json(labels), "labels", list, labels)])
             print(f"{'pseudo':10}{(values < args.threshold).sum()} of {len(values)} labels have D < {args.threshold:g}")
 
 

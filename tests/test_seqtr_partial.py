@@ -614,7 +614,8 @@ def test_bad_input(chain, shapes, tmp_path, flags, sentence):
     (["--stage", "res", "--pseudo-from", "x.json"], "--pseudo-from takes the place of the stage res"),
     (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--jitter", "1.5", "0.5"], "smallest scale"),
     (["--base", "released", "--weights", "x.pt"], "converted, by --rec-from"), (["--points", "1"], "--points 1: give at least 2"),
-    (["--rec-epochs", "0"], "--rec-epochs 0: give at least 1"), (["--sigma", "-8"], "no bandwidth"),
+    (["--rec-epochs", "0"], "--rec-epochs 0: give at least 1"), (["--heads", "0"], "--heads 0: give at least 1"),
+    (["--sigma", "-8"], "no bandwidth"),
 ])
 def test_refused_before_anything_is_trained(shapes, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):

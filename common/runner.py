@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.config import UserError, write_text
 from common.plans import Job, Plan, row_facts
+from common.tables import shown
 
 SAY_EVERY = 30    # seconds between lines of progress where stderr is no terminal
 GRACE = 120       # seconds that an interrupted row has to end its step and save
@@ -221,8 +222,9 @@ class Runner:
                 entry = end(one)
                 self.ended += 1
                 self.known.append(entry["seconds"])
-                first = [f"{c.metrics[0]} {entry['scores'][f'{c.on} {c.split}'][c.metrics[0]]:.2f} on {c.on} {c.split}, "
-                         for c in one.plan.table.columns_of(one.job.dataset, one.plan.table.row(one.job.row))[:1]]
+                columns = one.plan.table.columns_of(one.job.dataset, one.plan.table.row(one.job.row))
+                first = [f"{c.metrics[0]} {shown(entry['scores'][f'{c.on} {c.split}'][c.metrics[0]], c.metrics[0])} on {c.on} "
+                         f"{c.split}, " for c in columns[:1]]
                 print(f"ended {one.plan.table.name}: {one.job}: {''.join(first)}{clock(entry['seconds'])}", flush=True)
             except UserError as error:
                 self.fail(one.plan, one.job, error, tail(one.log, LAST_LINES, one.at))
@@ -244,6 +246,8 @@ class Runner:
         if not self.running or time.monotonic() - self.shown < (1 if terminal else SAY_EVERY):
             return
         self.shown, left = time.monotonic(), ""
+        for one in self.running:
+            note(one)  # when this process is killed, no more of a row's time is lost than since now
         if self.known:
             mean = sum(self.known) / len(self.known)
             seconds = mean * len(self.waiting) + sum(max(0.0, mean - one.seconds()) for one in self.running)

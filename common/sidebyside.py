@@ -4,7 +4,7 @@ import math
 import statistics
 
 from common import pictures
-from common.tables import NO_PERCENT
+from common.tables import NO_PERCENT, shown
 
 STANDS_FOR = {"refshapes": "refcoco", "refshapes+": "refcoco+", "refshapesg": "refcocog", "phraseshapes": "phrasecut",
               "vocshapes": "voc"}
@@ -33,12 +33,12 @@ def published_of(table, row, column, metric):
     return figures[source.metrics.index(metric)] if figures else None, source
 
 
-def spread(values):
+def spread(values, metric, sign=""):
     """`63.10 ± 0.42`: mean and sample deviation of a list, or what there is of them."""
     if not values:
         return "not run"
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = shown(statistics.fmean(values), metric, sign)
+    return f"{mean} ± {shown(statistics.stdev(values), metric)}" if len(values) > 1 else mean
 
 
 def verdict(differences, published):
@@ -76,11 +76,11 @@ def blocks(table, dataset, results, all_metrics=True):
             for metric in metrics:
                 measured = list(values_of(results, row, column, metric).values())
                 figure, source = published_of(table, row, column, metric)
-                cells.append(spread(measured) if measured else absent)
+                cells.append(spread(measured, metric) if measured else absent)
                 if source:
-                    cells.append("-" if figure is None else f"{figure:.2f}")
+                    cells.append("-" if figure is None else shown(figure, metric))
                 if not embedded:
-                    cells.append(f"{statistics.fmean(measured) - figure:+.2f}" if measured and figure is not None else "-")
+                    cells.append(shown(statistics.fmean(measured) - figure, metric, "+") if measured and figure is not None else "-")
                 if ablating and metric == metrics[0]:
                     cells += _against(table, row, column, metric, results) if row.ablates else ["", "", "", ""]
             lines.append(cells)
@@ -96,9 +96,8 @@ def _against(table, row, column, metric, results):
     paired = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     figures = [published_of(table, of, column, metric)[0] for of in (row, other)]
     published = None if None in figures else figures[0] - figures[1]
-    measured = spread(paired) if paired else "not run"
-    return [other.label or other.name, measured if measured.startswith(("-", "n")) else f"+{measured}",
-            "-" if published is None else f"{published:+.2f}", verdict(paired, published)]
+    return [other.label or other.name, spread(paired, metric, "+"), "-" if published is None else shown(published, metric, "+"),
+            verdict(paired, published)]
 
 
 def notes_of(table):

@@ -16,7 +16,7 @@ EFFECTS = ("model", "loss", "data", "decode", "eval")
 METRICS = ("mIoU", "oIoU", *(f"Pr@0.{i}" for i in range(1, 10)), "REC@0.5", "n", "CIDEr", "METEOR", "Rb-Acc", "H-Acc",
            "gIoU", "cIoU", "N-acc", "T-acc")
 NESTED = ("pointing", "by_kind", "by_size", "by_length", "by_objects", "classes")  # dotted: pointing.H_mask
-NO_PERCENT = ("CIDEr",)
+NO_PERCENT = ("CIDEr", "METEOR")  # small numbers, printed with a digit more
 KEPT = ("row", "dataset", "seed", "settings", "scores", "commands", "folder", "seconds", "date", "machine", "commit")
 ROW_NAME, IN_FLAGS = re.compile(r"[\w+.-]+"), re.compile(r"\{([\w+.-]+)\}")
 
@@ -284,6 +284,11 @@ def is_complete(entry, columns):
     """Whether a result holds every score of `columns`."""
     return all(metric in entry["scores"].get(f"{column.on} {column.split}", {})
                for column in columns for metric in column.metrics)
+
+
+def shown(value, metric, sign=""):
+    """A score, or with sign "+" a difference, with as many digits as papers print of that metric."""
+    return f"{value:{sign}.{3 if metric in NO_PERCENT else 2}f}"
 
 
 def flat(summary, prefix=""):

@@ -11,9 +11,9 @@ import yaml
 
 from common import sidebyside, tables
 from common.config import UserError
-from common.plans import Job, Plan
+from common.plans import Job, Plan, row_facts
 from common.reproduce import get_parser, main
-from common.runner import named_by_eval
+from common.runner import Runner, Running, named_by_eval
 from tests.conftest import REPOSITORY, TINY, command
 
 FAKE = '''
@@ -173,6 +173,14 @@ def test_scores_that_training_wrote_are_not_those_of_eval():
     assert named_by_eval(log) == ["b.json", "c.json"]
 
 
+def test_a_row_s_time_is_noted_while_it_runs(write, tmp_path, monkeypatch):
+    plan, job = planned(write(), monkeypatch), Job("full", "corpus", 0)
+    runner = Runner([], plan.args)
+    runner.running, runner.shown = [Running(plan, job, "", None, [], earlier=5.0, log=tmp_path / "row.log")], -1000.0
+    runner.say()
+    assert row_facts(plan.folder(job))["seconds"] >= 5
+
+
 @pytest.mark.parametrize("words, message", [
     (["--seeds", "0"], "at least 1"), (["--gpus", "0", "1"], "names 2 groups"), (["--first"], "for --check alone"),
     (["--check", "--dataset", "shapes"], "--dataset means nothing to --check"), (["--flags=--x 'y"], "--flags: .* cannot be read"),
@@ -269,6 +277,13 @@ def test_format(write, change, message):
         tables.load_table(write(change))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": 3}', '{"results": [[]]}', '{"results": [{"row": "full", "seed": 0}]}', "\udcff"])
+def test_damaged_results_are_named(tmp_path, content):
+    (tmp_path / "x.results.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="x.results.json is no file of results"):
+        tables.load_results(tmp_path / "x.results.json")
+
+
 @pytest.mark.parametrize("name, dataset, expected", [
     ("pks_table2", "refshapes+", ("RefCOCO+ val", 60.90)), ("pks_table2", "refcoco+", ("RefCOCO+ val", 60.90)),
     ("pks_table2", "refshapesg", ("RefCOCOg val (U)", 60.38)), ("tseg_full", "refshapes", ("refcoco", 66.00)),
@@ -277,6 +292,19 @@ def test_published_figures_are_those_of_the_corpus_that_an_embedded_one_stands_f
     table = tables.load_table(REPOSITORY / f"yaml/tables/{name}.yaml")
     figure, source = sidebyside.published_of(table, table.row("full"), table.columns_of(dataset)[0], "mIoU")
     assert (source.name, figure) == expected
+
+
+@pytest.mark.parametrize("metric, measured, published, difference", [
+    ("CIDEr", "0.591", "0.927", "-0.336"), ("METEOR", "0.591", "0.248", "+0.343"), ("mIoU", "0.59", "-", "-")])
+def test_scores_have_the_digits_that_papers_print(metric, measured, published, difference):
+    """CIDEr and METEOR three, percentages two."""
+    table = tables.load_table(REPOSITORY / "yaml/tables/mutual_table3.yaml")
+    table.columns[0].metrics = [metric]
+    table.row("e").published = {} if metric == "mIoU" else {"testB": [float(published)]}
+    results = [{"row": "e", "seed": 0, "scores": {"refcoco+ testB": {metric: 0.591}}}]
+    [(_, header, lines)] = sidebyside.blocks(table, "refcoco+", results)
+    row = next(line for line in lines if line[0].startswith("(e)"))
+    assert (header[2:5], row[2:5]) == ([metric, "published", "difference"], [measured, published, difference])
 
 
 @pytest.mark.parametrize("differences, published, expected", [

@@ -32,7 +32,7 @@ SCRIPTS = {  # what makes each script small enough for a test: two epochs, or a 
     "train_pks": [*PKS, *TWO_EPOCHS],
     "train_tseg": [*TSEG, *TWO_EPOCHS],
     "train_seqtr_partial": CHAIN,
-    "train_mutual": [*MUTUAL, *STEPS, "--max-steps", "3", *TWO_EPOCHS[2:]],
+    "train_mutual": [*MUTUAL, *STEPS, "--max-steps", "3", *TWO_EPOCHS[2:], "--eval-splits", "val"],
 }
 MOMENTS = {  # what a process is about to do, and the call that does it
     "data making": "data_prep.refshapes:make_scene", "a step": "common.runlog:Log.step",
@@ -119,7 +119,10 @@ def unbroken(script, data_root, folder):
     """Train `script` in peace: (run folder, {target of MOMENTS: number of calls})."""
     tally = Tally(tuple(MOMENTS.values()), str(folder / "tally.json"))
     finish(script, words(script, data_root, folder / "run"), folder / "log", hurt=[tally])
-    return folder / "run", json.loads((folder / "tally.json").read_text())
+    counts = json.loads((folder / "tally.json").read_text())
+    never = [moment for moment, target in MOMENTS.items() if not counts[target] and moment != "data making"]  # done before
+    assert not never, f"{script} has no moment of {', '.join(never)}"
+    return folder / "run", counts
 
 
 def words(script, data_root, out, *more):

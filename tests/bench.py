@@ -34,7 +34,7 @@ import train_pks
 import train_seqtr_partial
 import train_tseg
 from common import checkpoint, data
-from common.backbones import Darknet53, ViT
+from common.backbones import Darknet53, ViT, freeze_batchnorm
 from common.captions import cider_d, document_frequency
 from common.config import REPOSITORY, UserError, parse
 from common.crf import dense_crf
@@ -302,10 +302,11 @@ def mask2former_layer(toy=False):
 
 @row(goal=PEER)
 def mask2former_whole(toy=False):
-    """Mask2Former with ResNet-50, forward and backward at 256 px, against transformers'"""
+    """Mask2Former with ResNet-50, its BatchNorm frozen, forward and backward at 256 px, against transformers'"""
     from tests.test_mask2former import theirs
     small = dict(encoder_layers=1, decoder_layers=2, num_queries=5) if toy else {}
-    other = theirs(**{**small, **({"decoder_layers": 3} if toy else {})}).train()  # theirs counts the first prediction, too
+    its = small | {"decoder_layers": 3} if toy else {}  # theirs counts the first prediction, too
+    other = freeze_batchnorm(theirs(**its).train())
     ours = Mask2Former("r50", **small).train()
     images = torch.randn(1, 3, 64 if toy else 256, 64 if toy else 256)
 

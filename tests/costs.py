@@ -43,6 +43,7 @@ def figures(method, toy=False):
 
 
 def main():
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", choices=[*METHODS, []], help="empty: all")
     chosen = parser.parse_args().methods or METHODS

@@ -7,6 +7,7 @@ writes sentences for images that nobody described, from which the first learns o
     python train_mutual.py --yaml yaml/mutual_refshapes.yaml     embedded data, two CPU cores, nothing to download
     torchrun --nproc_per_node 8 train_mutual.py                  the paper's setting on RefCOCO, all stages
     python train_mutual.py --stage 2 --reuse RUN --reward unambiguity        Table 5 (a) on another run's step 1
+    python train_mutual.py --dataset refcoco+ --stage 1 2 generate 3 rb --reuse RUN     RefCOCO+ on another run's proposals
     python train_mutual.py --dataset refcocog_google --max-words 30 --no-gsup   RefCOCOg's REG (App. A); RES: refcocog_umd
 
 Stages, each in a folder of its own below the run's; a chain goes on from what is there:
@@ -112,7 +113,7 @@ def get_parser():
         help="word pieces of a sentence, read or written: 15, RefCOCOg 30. 0: blind to the sentence, a control of RES")
     add("--vocab", default="data/weights/bert_vocab.txt",
         help="BERT's vocab.txt, or `own`: data/<dataset>/vocab.txt, which the embedded corpora have")
-    add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right) in steps 1 and 3")
+    add("--flip", type=float, default=0.0, help="probability of mirroring image and sentence (left <-> right) in 1, 3 and rb")
     add("--jitter", type=float, nargs=2, default=[0.1, 2.0], metavar=("LOW", "HIGH"),
         help="large-scale jitter of pretrain; Mask2Former's")
     add("--jitter-flip", type=float, default=0.5, help="probability of mirroring in pretrain; Mask2Former's")
@@ -140,7 +141,7 @@ def get_parser():
     add("--bert-heads", type=int, default=12, help="of its attention")
     add("--points", type=int, default=12544, help="places where masks are compared in training; Mask2Former's")
     parser.switch(model, "checkpoint-encoder", False, "recompute the deformable layers in the backward pass: less memory")
-    add("--beams", type=int, default=5, help="of the beam search in testing")
+    add("--beams", type=int, default=5, help="of the beam search in testing, and for the pool where --expressions are fewer")
     ablation = parser.add_argument_group("ablation (Tables 1, 3, 5 to 9, Fig. 5)")
     add = ablation.add_argument
     add("--input", choices=("mask", "box"), default="mask", help="box: the inside of its box is an object's mask; Table 1")
@@ -152,7 +153,7 @@ def get_parser():
     parser.switch(ablation, "gsup", True, "stages generate and 3 are part of the chain; Table 6")
     add("--reward", choices=("both", "unambiguity", "cider"), default="both", help="Eq. 6, its first or its second term; Table 5")
     add("--score", choices=("softmax", "sigmoid"), default="softmax", help="unambiguity over all proposals, or of one; Table 5")
-    add("--tau", type=float, default=2.5, help="Eq. 6; 1: Eq. 5; Table 5")
+    add("--tau", type=float, default=2.5, help="Eq. 6, of the softmax; 1: Eq. 5; Table 5")
     add("--alpha", type=float, default=4.0, help="Eq. 6")
     add("--hypotheses", type=int, default=5, help="q1 of Eq. 4; Sec. 4.1")
     add("--baseline", choices=("mean", "none"), default="mean", help="what is subtracted from a reward")
@@ -254,7 +255,7 @@ class Mutual(nn.Module):
 
         masks_per_image: mean over the whole step, by which Mask2Former divides its mask losses. rewards: in stage 2, function
         (features, k (E,), E lists of hypotheses) -> their rewards. Returns a dict: `m2f` their sum, `scores` S (E,N), `words`
-        logits (E,T,V), `k` (E,); in stage 2 `log_p` and `rewards` (E,R) with `valid`.
+        logits (E,T,V), `k` (E,); in stage 2 `log_p` and `rewards` (E,R) with `valid`, and `shown`, sums for the log.
         """
         if self.stage == "2":
             return self.disambiguate(images, image_of, targets, rewards)

@@ -432,7 +432,12 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     one = checkpoint.load(out / "1" / "best.pt")["model"]
     assert mutual.needed(args) == ["1", "generate"] and all(torch.equal(one[name], value) for name, value in model.state_dict().items())
 
-    # another run's stages serve
+    # another run's stages serve, its proposals also with another vocabulary
+    mutual.main([*flags[:-1], str(tmp_path / "plus"), "--reuse", str(out), "--stage", "1", "--dataset", "refshapes+"])
+    for stage in ("2", "rb"):
+        with pytest.raises(UserError, match="another vocabulary"):
+            mutual.main([*flags[:-1], str(tmp_path / "other"), "--reuse", str(out), "--stage", stage, "--dataset", "refshapes+"])
+    shutil.rmtree(tmp_path / "other")
     mutual.main([*flags[:-1], str(tmp_path / "other"), "--reuse", str(out), "--stage", "2", "--reward", "unambiguity"])
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["2"]
 

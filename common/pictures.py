@@ -210,12 +210,13 @@ def data_uri(array, quality=80, max_side=360):
 def curve_svg(series, title, x_label, y_label, log_y=False):
     """Curves as inline SVG for a page of `page`, which gives it light and dark colours.
 
-    series: {name: [(x, y), …]}; pairs with a value that is missing, not finite, beyond 1e30, or (log_y) not positive
-    are left out. A series of more than 400 points is drawn by the means of 400 runs of neighbours. The legend shows
+    series: {name: [(x, y), …]}; pairs with a value that is missing, not finite or beyond 1e30 are left out. log_y: a
+    logarithmic axis, where all values are positive. A series of more than 400 points is drawn by the means of 400 runs of neighbours. The legend shows
     each series' last value. Without any point the axes say so.
     """
-    lines = {_clean(name, 40): _points(points, log_y) for name, points in series.items()}
+    lines = {_clean(name, 40): _points(points) for name, points in series.items()}
     every = [point for points in lines.values() for point in points]
+    log_y = log_y and all(y > 0 for _, y in every)
     place = math.log10 if log_y else float
     x_low, x_high = _range([x for x, _ in every], 0)
     y_low, y_high = _range([place(y) for _, y in every], 0.05)
@@ -552,9 +553,8 @@ def _number(value, digits=2):
     return f"{int(value):,}" if isinstance(value, (int, np.integer)) else f"{value:,.{digits}f}"
 
 
-def _points(points, log_y):
-    kept = [(float(x), float(y)) for x, y in points if _is_finite(x) and _is_finite(y) and max(abs(x), abs(y)) < 1e30
-            and (y > 0 or not log_y)]
+def _points(points):
+    kept = [(float(x), float(y)) for x, y in points if _is_finite(x) and _is_finite(y) and max(abs(x), abs(y)) < 1e30]
     if len(kept) <= MAX_CURVE:
         return kept
     return [tuple(run.mean(0)) for run in np.array_split(np.array(kept), MAX_CURVE)]

@@ -68,6 +68,11 @@ def test_curves_stay_inside_the_frame(points, log_y):
     assert "<script" not in svg and len(svg) < 16000 and all(0 <= float(n or 0) <= 360 for n in numbers)
 
 
+def test_a_loss_below_zero_is_drawn():
+    svg = pictures.curve_svg({"loss": [(1, 2), (2, -1), (3, 0)]}, "", "", "", log_y=True)
+    assert [len(points.split()) for points in re.findall(r'points="([^"]+)"', svg)] == [3]
+
+
 class Page(HTMLParser):
     """Collects tags with their attributes, and text; fails on a tag closed out of turn."""
 

@@ -51,17 +51,14 @@ import hashlib
 import json
 import math
 import signal
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from functools import partial
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -71,7 +68,8 @@ from common.backbones import Small, load_weights, read_torch
 from common.config import UserError, base_parser, parse, run, write_text
 from common.language import Bert
 from common.layers import normalise
-from common.mask2former import BACKBONES, Mask2Former, coco_results, criterion, instances, mask_costs, read_detectron_pkl
+from common.mask2former import (
+    BACKBONES, Mask2Former, coco_ap, coco_results, criterion, instances, mask_costs, read_detectron_pkl)
 from common.masks import encode
 from common.matrix_nms import matrix_nms
 from common.text import WordPiece
@@ -920,8 +918,6 @@ def average_precision(args, ranks, model, dataset):
             found += coco_results(here, int(dataset.image_ids[dataset.expression_image[e]]), ids)
     found = [result for share in distributed.gather(ranks, found) for result in share]
     model.train(was_training)
-    if not found:
-        return 0.0
     annotations = []
     for i in (i for i, rle in enumerate(dataset.rles) if rle is not None):
         mask = dataset.object_mask(i)  # checks the code, which pycocotools would trust
@@ -930,15 +926,7 @@ def average_precision(args, ranks, model, dataset):
                             "category_id": int(dataset.categories[i]), "segmentation": rle, "area": float(dataset.areas[i]),
                             "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])})
     pictures = [{"id": int(i), "width": int(w), "height": int(h)} for i, (w, h) in zip(dataset.image_ids, dataset.sizes)]
-    with redirect_stdout(StringIO()):
-        truth = COCO()
-        truth.dataset = {"images": pictures, "categories": [{"id": i} for i in ids], "annotations": annotations}
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(found), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return round(100 * float(evaluation.stats[0]), 4)
+    return coco_ap(found, {"images": pictures, "categories": [{"id": i} for i in ids], "annotations": annotations})
 
 
 # ---- training -----------------------------------------------------------------------------------------------

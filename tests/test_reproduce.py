@@ -17,7 +17,7 @@ from common.runner import Runner, Running, named_by_eval
 from tests.conftest import REPOSITORY, TINY, command
 
 FAKE = '''
-import argparse, json, pathlib, sys, time
+import argparse, json, os, pathlib, sys, time
 parser = argparse.ArgumentParser()
 for flag in ("--dataset", "--data-root", "--out", "--init"):
     parser.add_argument(flag)
@@ -35,6 +35,7 @@ if not (out / "best.pt").exists():
     time.sleep(args.slow)
 (out / "eval").mkdir(parents=True, exist_ok=True)
 (out / "best.pt").write_text("trained")
+(out / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 (out / "env.txt").write_text("cpu: 3 cores\\ngpu: none\\ncommit: abc")
 with open(out / "calls", "a") as calls:
     calls.write("call\\n")
@@ -79,8 +80,9 @@ def results_of(path):
 
 def test_rows_fail_alone_and_what_is_done_stays_done(write, tmp_path):
     path = write()
-    done = reproduce(path, "--seeds", "2", "--jobs", "2", cwd=tmp_path)
+    done = reproduce(path, "--seeds", "2", "--jobs", "2", "--gpus", "0,1", "2,3", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert {file.read_text() for file in (tmp_path / "runs/tables/fake/corpus").glob("*/gpus")} == {"0,1", "2,3"}
     assert done.stdout.count("no luck today") == 2 and "it needs broken on corpus, seed 1" in done.stdout
     found = results_of(path)
     assert set(found) == {(row, "corpus", seed) for row in ("full", "less", "later") for seed in (0, 1)}

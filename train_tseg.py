@@ -134,7 +134,7 @@ def frontend(args, vocabulary):
             (min(args.size, args.patch) < 1 or args.size % args.patch, f"--size {args.size} is no multiple of --patch {args.patch}."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
-            (not min(args.penalty_lambda, args.penalty_p, args.eps) >= 0,
+            (not all(value >= 0 for value in (args.penalty_lambda, args.penalty_p, args.eps)),
              "--penalty-lambda, --penalty-p and --eps are numbers from 0 on."),
             (args.init_part != "all" and not args.init,
              f"--init-part {args.init_part} is a part of what --init names: give --init."),

@@ -175,6 +175,33 @@ def test_dice_is_the_printed_one():
     assert train_tseg.dice(torch.full((1, 16), -99.0), 0 * truth, torch.ones(1, 16, dtype=torch.bool)).item() == pytest.approx(0)
 
 
+def test_dice_sees_nothing_outside_the_image():
+    s, inside = torch.full((1, 4, 4), -99.0), torch.ones(1, 4, 4, dtype=torch.bool)
+    s[..., 3], inside[..., 3] = 99, False
+    assert train_tseg.dice(s.flatten(1), torch.zeros(1, 32, 32), inside.flatten(1)).item() < 0.5 \
+        < train_tseg.dice(s.flatten(1), torch.zeros(1, 32, 32), torch.ones(1, 16, dtype=torch.bool)).item()
+
+
+@pytest.mark.parametrize("flags, threshold, finer", [
+    ([], 0.4, lambda maps: maps), (["--full"], 0.4, train_tseg._finer), (["--pretrain", "boxes"], 0.4, train_tseg._finer),
+    (["--pooling", "spa"], 0.5, None), (["--pooling", "gmp"], 0.5, None)], ids=["mpa", "full", "boxes", "spa", "gmp"])
+def test_segment_goes_by_its_method(flags, threshold, finer):
+    """MPA: the mask of Eq. 6 on the patches' grid; from masks: S is interpolated first; the others: an argmax, whatever --threshold.
+    Equal strings count once in the score. No S is above the scale, 100 at most: vectors are of length 1."""
+    args, model = build("--threshold", "0.4", *flags)
+    images, image_of, text = inputs(("tabby cat", "red dog", "tabby cat"), (0, 0, 0))
+    with torch.inference_mode():
+        features = model.eval().encode_image(images)
+        out, s = model.segment(features, image_of, text), train_tseg.similarities(features, model.encode_text(text), model.scale())
+    assert s.abs().max() <= 1.001 / 0.07 and out["threshold"] == threshold
+    maps = s[0].T.unflatten(1, (4, 4))
+    assert finer is None or torch.allclose(out["prob"], finer(maps).sigmoid(), atol=1e-6)
+    once = train_tseg.pool(s[:, :, :2], torch.ones(1, 16, dtype=torch.bool), args)[0].sigmoid()
+    assert torch.allclose(out["score"], once[[0, 1, 0]], atol=1e-5) and torch.allclose(out["heat"]["S"], maps.sigmoid(), atol=1e-6)
+    nn.init.constant_(model.log_scale, 9.0)
+    assert model.scale().item() == pytest.approx(100)
+
+
 @pytest.mark.parametrize("pooling", ["spa", "mpa"])
 def test_classes_take_the_batchs_place(pooling):
     """--texts classes: the printed loss over the names of all classes, whatever the batch says; its image has the others' not."""
@@ -305,6 +332,12 @@ def test_samples_say_where_the_image_is(shapes):
         assert 16 <= frame.in_width <= 64 and -32 <= frame.left <= 0
         seen.add((frame.in_width, frame.left, frame.top))
     assert len(seen) > 4
+
+
+def test_an_image_of_less_than_half_a_patch_still_counts(shapes):
+    _, dataset = training_set(shapes, "--scale", "0.05", "0.05")
+    sample = dataset[(0, 0, dataset.of_image[0][:2])]
+    assert sample["frame"].in_width == 2 and sample["targets"]["inside"].all()
 
 
 def test_boxes_take_the_masks_place(shapes):

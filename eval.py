@@ -342,7 +342,8 @@ class Comparison:
                               f"{summary['images']} images")
         if self.ranks.main:
             print(self.sentences[-1])
-            target = result_file(path, name, split, f"{suffix}_against_{self.path.parent.name}")
+            other = "_".join(self.path.parent.parts[-4:])  # script, corpus, run and stage: the last alone, `base_s0`, many share
+            target = result_file(path, name, split, f"{suffix}_against_{other}")
             write_text(f"{target}.json", json.dumps({"run": str(path), "against": str(self.path), "dataset": name,
                                                      "split": split, **found}, indent=1))
         self.values[split] = {row["sent_id"]: metrics.iou(np.int64(row["I"]), np.int64(row["U"])) for row in others}

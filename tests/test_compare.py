@@ -24,7 +24,8 @@ def test_compare(runs, capsys):
     words = ["--run", str(mine), "--compare", str(other), "--split", "val", "--workers", "0", "--report"]
     evaluation.main(words)
     out = capsys.readouterr().out
-    found = json.loads((mine / "eval/refshapes_val_against_s1.json").read_text())
+    (stored,) = (mine / "eval").glob(f"refshapes_val_against_*_{other.parent.name}_s1.json")
+    found = json.loads(stored.read_text())
     scores = [json.loads((run / "eval/refshapes_val.json").read_text()) for run in (mine, other)]  # the other's made here
     for key in ("mIoU", "oIoU"):
         assert found[key]["difference"] == pytest.approx(scores[0][key] - scores[1][key], abs=2e-4)
@@ -35,7 +36,7 @@ def test_compare(runs, capsys):
     stored = (other / "eval/refshapes_val.jsonl").stat().st_mtime_ns
     evaluation.main(words[:-1])  # the other's rows are read, and the result is the same
     assert (other / "eval/refshapes_val.jsonl").stat().st_mtime_ns == stored
-    assert json.loads((mine / "eval/refshapes_val_against_s1.json").read_text()) == found
+    assert json.loads(stored.read_text()) == found
 
 
 def test_what_cannot_be_compared(runs, capsys):

@@ -24,8 +24,8 @@ def test_compare(runs, capsys):
     words = ["--run", str(mine), "--compare", str(other), "--split", "val", "--workers", "0", "--report"]
     evaluation.main(words)
     out = capsys.readouterr().out
-    (stored,) = (mine / "eval").glob(f"refshapes_val_against_*_{other.parent.name}_s1.json")
-    found = json.loads(stored.read_text())
+    (written,) = (mine / "eval").glob(f"refshapes_val_against_*_{other.parent.name}_s1.json")
+    found = json.loads(written.read_text())
     scores = [json.loads((run / "eval/refshapes_val.json").read_text()) for run in (mine, other)]  # the other's made here
     for key in ("mIoU", "oIoU"):
         assert found[key]["difference"] == pytest.approx(scores[0][key] - scores[1][key], abs=2e-4)
@@ -36,7 +36,7 @@ def test_compare(runs, capsys):
     stored = (other / "eval/refshapes_val.jsonl").stat().st_mtime_ns
     evaluation.main(words[:-1])  # the other's rows are read, and the result is the same
     assert (other / "eval/refshapes_val.jsonl").stat().st_mtime_ns == stored
-    assert json.loads(stored.read_text()) == found
+    assert json.loads(written.read_text()) == found
 
 
 def test_what_cannot_be_compared(runs, capsys):

@@ -131,7 +131,8 @@ def frontend(args, vocabulary):
     """What stands between the files and the model: sentence -> ids, and the canvas that an image is laid on."""
     low, high = args.scale
     for wrong, sentence in (
-            (min(args.size, args.patch) < 1 or args.size % args.patch, f"--size {args.size} is no multiple of --patch {args.patch}."),
+            (min(args.size, args.patch) < 1 or args.size % args.patch,
+             f"--size {args.size} is no multiple of --patch {args.patch}."),
             (not 0 <= args.max_words <= 510, f"--max-words {args.max_words}: BERT reads 510 pieces between [CLS] and [SEP]."),
             (not 0 < low <= high <= 16, f"--scale {low:g} {high:g} is no range of factors: 0 < LOW <= HIGH <= 16."),
             (not all(value >= 0 for value in (args.penalty_lambda, args.penalty_p, args.eps)),

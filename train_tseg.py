@@ -38,8 +38,6 @@ Where the paper is silent
   best.pt       that with the highest mIoU of val's expressions, for VOC the names of an image's own classes.
 Where we do otherwise
   tokens        BERT-Small's own: WordPiece between [CLS] and [SEP], for "byte pair encoding" with [BOS] and [EOS].
-  positions     of another grid than the pre-training's (--full, --init, eval.py --scales) are interpolated as in timm,
-                bicubic and antialiased; the paper has bilinear.
 """
 import hashlib
 import math

@@ -368,12 +368,12 @@ def _is_positions(tensor):
 
 
 def resample_positions(positions, grid):
-    """Learned positions (1, 1 + side², dim) for a grid (rows, columns): bicubic, antialiased; class token as it is."""
+    """Learned positions (1, 1 + side², dim) for a grid (rows, columns): bilinear, as TSEG's Sec. 4.2; class token as it is."""
     side = math.isqrt(positions.shape[1] - 1)
     if (side, side) == tuple(grid) or side * side != positions.shape[1] - 1:
         return positions
     square = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    square = F.interpolate(square, size=tuple(grid), mode="bicubic", antialias=True)
+    square = F.interpolate(square, size=tuple(grid), mode="bilinear")
     return torch.cat([positions[:, :1], square.flatten(2).transpose(1, 2).to(positions.dtype)], 1)
 
 

@@ -174,7 +174,8 @@ def split_path(data_root, dataset, split):
 
 
 def require(data_root, dataset, splits, hint):
-    """Return whether every split is there. A missing or unfinished embedded corpus is reported, any other raises UserError.
+    """Return whether every split is there. A missing or unfinished embedded corpus is reported, any other raises UserError, as does
+    a split that a finished embedded corpus does not have.
 
     hint: the yaml that runs the same script on the embedded data.
     """
@@ -189,8 +190,11 @@ def require(data_root, dataset, splits, hint):
             f"{missing[0]} does not exist: prepare {dataset} with `{command}` (data_prep/README.md says where the files are), "
             + (f"be content with {' and '.join(there)} by --eval-splits, " if {"train", "val"} <= set(there) else "")
             + f"or run on the embedded data with `--yaml {hint}`.")
-    return not missing and (dataset not in EMBEDDED or
-                            (Path(data_root) / dataset / f"{EMBEDDED[dataset]}.json").is_file())
+    finished = dataset not in EMBEDDED or (Path(data_root) / dataset / f"{EMBEDDED[dataset]}.json").is_file()
+    if missing and finished:
+        raise UserError(f"{missing[0]} does not exist: {dataset} is drawn without it. Name other splits, or remove "
+                        f"{missing[0].parent} to have {dataset} drawn anew.")
+    return finished
 
 
 def make_embedded(data_root, dataset):
@@ -322,7 +326,7 @@ class RefDataset(torch.utils.data.Dataset):
         return len(self.sent_ids)
 
     def view(self, **changes):
-        """A shallow copy with other attributes: the same split seen in another way."""
+        """A shallow copy with other attributes: the same split seen in another way. Samples read the columns, not `expression_mask`."""
         other = copy.copy(self)
         other.__dict__.update(changes)
         return other

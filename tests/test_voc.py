@@ -116,6 +116,8 @@ def test_vocshapes_are_class_maps(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another corpus"):
         vocshapes.make(tmp_path, "tiny", seed=1, jobs=1)
     assert data.require(tmp_path, "vocshapes", ["train", "val"], "")
+    with pytest.raises(UserError, match="drawn without it"):
+        data.require(tmp_path, "vocshapes", ["train", "testA"], "")
     (tmp_path / "vocshapes" / "vocshapes.json").unlink()  # as a killed process leaves it
     assert not data.require(tmp_path, "vocshapes", ["train", "val"], "")
     data.make_embedded(tmp_path, "vocshapes")

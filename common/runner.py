@@ -51,8 +51,9 @@ def begin(plan, job, gpus):
         lock.close()
         lock, found = hold(folder), {}
     log = folder / "row.log"
+    log.touch()  # it stays empty where a row is the score of another's stage, which no command makes
     running = Running(plan, job, gpus, lock, plan.commands(job), found.get("seconds", 0.0), log=log,
-                      at=log.stat().st_size if log.is_file() else 0)
+                      at=log.stat().st_size)
     note(running)
     start_next(running)
     return running

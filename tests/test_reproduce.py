@@ -33,7 +33,8 @@ if args.init and not pathlib.Path(args.init).is_file():
     sys.exit("nothing to begin with")
 if not (out / "best.pt").exists():
     time.sleep(args.slow)
-(out / "eval").mkdir(parents=True, exist_ok=True)
+for folder in (out, out / "last"):
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
 (out / "best.pt").write_text("trained")
 (out / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 (out / "env.txt").write_text("cpu: 3 cores\\ngpu: none\\ncommit: abc")
@@ -43,6 +44,7 @@ for split in args.eval_splits:
     summary = {"dataset": args.dataset, "split": split, "mIoU": 50.0 + args.gain + args.seed, "Pr@0.5": 60.0,
                "pointing": {"H": 70.0}, "seconds": 1.0}
     (out / "eval" / f"{args.dataset}_{split}.json").write_text(json.dumps(summary))
+    (out / "last" / "eval" / f"{args.dataset}_{split}.json").write_text(json.dumps(summary | {"mIoU": 70.0 + args.seed}))
 print("done")
 '''
 
@@ -228,6 +230,15 @@ def test_interrupted_in_the_middle_of_a_row_it_ends_with_the_same_numbers(shapes
         scores = results_of(path)["full", "refshapes", 0]["scores"]["refshapes val"]
         found.append({key: value for key, value in scores.items() if "second" not in key})
     assert found[0] == found[1] and found[0]["n"] > 0
+
+
+def test_the_score_of_another_rows_stage_needs_no_command(write, tmp_path):
+    path = write(lambda table: table.update(rows=[{"name": "full"}, {"name": "late", "run_of": "full", "stage": "last"}]))
+    done = reproduce(path, "--seeds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results_of(path)
+    assert [found["late", "corpus", seed]["scores"]["corpus val"]["mIoU"] for seed in (0, 1)] == [70, 71]
+    assert found["late", "corpus", 0]["commands"] == []
 
 
 def test_dry_run_prints_the_commands(write, tmp_path):

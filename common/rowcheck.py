@@ -54,11 +54,11 @@ def check(rows, jobs):
     """Check (table, row) pairs, at most `jobs` at a time; print a line for each and return the exit status, 1 where one fails."""
     pairs = [(table, row, pair_of(table, row)) for table, row in rows]
     commands = list(dict.fromkeys(command for _, _, pair in pairs for command in pair))
-    first = list(dict.fromkeys(other for command in commands for _, other in command.needed))  # once for all who need it
+    every, seen = list(dict.fromkeys(one for command in commands for one in with_needed(command))), {}
     with tempfile.TemporaryDirectory(prefix="rowcheck") as folder:
-        make_corpora(Path(folder), {command.dataset for command in first + commands})
-        seen = observe_all(Path(folder), first, jobs)
-        seen |= observe_all(Path(folder), [command for command in commands if command not in seen], jobs)
+        make_corpora(Path(folder), {command.dataset for command in every})
+        while waiting := [command for command in every if command not in seen]:
+            seen |= observe_all(Path(folder), [one for one in waiting if all(other in seen for _, other in one.needed)], jobs)
     failed = 0
     for table, row, pair in pairs:
         what = f"{table.name:22} {row.name:24}"
@@ -71,6 +71,11 @@ def check(rows, jobs):
     print(f"{len(pairs)} rows, {sum(bool(pair) for *_, pair in pairs)} compared, {failed} failed; {len(seen)} processes took "
           f"{sum(found.get('seconds', 0) for found in seen.values()):.0f} s of processor time")
     return 1 if failed else 0
+
+
+def with_needed(command):
+    """The commands that one needs, directly or not, and itself."""
+    return [*(one for _, other in command.needed for one in with_needed(other)), command]
 
 
 def fault_of(row, mine, other):

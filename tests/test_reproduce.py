@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from common import sidebyside, tables
+from common import rowcheck, sidebyside, tables
 from common.config import UserError
 from common.plans import Job, Plan, row_facts
 from common.reproduce import get_parser, main
@@ -230,6 +233,19 @@ def test_interrupted_in_the_middle_of_a_row_it_ends_with_the_same_numbers(shapes
         scores = results_of(path)["full", "refshapes", 0]["scores"]["refshapes val"]
         found.append({key: value for key, value in scores.items() if "second" not in key})
     assert found[0] == found[1] and found[0]["n"] > 0
+
+
+def test_check_runs_what_a_row_needs_before_it(monkeypatch):
+    first = rowcheck.Command(Path("a.py"), "shapes", ("1",), (), "")
+    second = replace(first, words=("2",), needed=(("first", first),))
+    third = replace(first, words=("3",), needed=(("second", second),))
+    rounds = []
+    monkeypatch.setattr(rowcheck, "make_corpora", lambda folder, names: None)
+    monkeypatch.setattr(rowcheck, "pair_of", lambda table, row: (third, first))
+    monkeypatch.setattr(rowcheck, "observe_all", lambda folder, commands, jobs: rounds.append(commands) or {
+        command: {"loss": command.words} for command in commands})
+    assert rowcheck.check([(SimpleNamespace(name="t"), SimpleNamespace(name="r", effect="loss", ablates="f"))], 2) == 0
+    assert rounds == [[first], [second], [third]]
 
 
 def test_the_score_of_another_rows_stage_needs_no_command(write, tmp_path):

@@ -67,7 +67,7 @@ from common import captions, checkpoint, data, distributed, metrics, reg, runlog
 from common.backbones import Small, load_weights, read_torch
 from common.config import UserError, base_parser, parse, run, write_text
 from common.language import Bert
-from common.layers import normalise
+from common.layers import Attention, normalise
 from common.mask2former import (
     BACKBONES, Mask2Former, coco_ap, coco_results, criterion, instances, mask_costs, read_detectron_pkl)
 from common.masks import encode
@@ -252,8 +252,9 @@ class Mutual(nn.Module):
         """What the stage's losses need: images (B,3,H,W), image_of (E,), text (E,L), targets of `make_targets`.
 
         masks_per_image: mean over the whole step, by which Mask2Former divides its mask losses. rewards: in stage 2, function
-        (features, k (E,), E lists of hypotheses) -> their rewards. Returns a dict: `m2f` their sum, `scores` S (E,N), `words`
-        logits (E,T,V), `k` (E,); in stage 2 `log_p` and `rewards` (E,R) with `valid`, and `shown`, sums for the log.
+        (features, k (E,), E lists of hypotheses) -> their rewards. Returns a dict: `m2f` their sum, `scores` S (E,N), `k` (E,),
+        `words` logits of those that the generation head has `read` (E,) bool, not the generated ones; in stage 2 `log_p` and
+        `rewards` (E,R) with `valid`, and `shown`, sums for the log.
         """
         if self.stage == "2":
             return self.disambiguate(images, image_of, targets, rewards)
@@ -277,7 +278,9 @@ class Mutual(nn.Module):
         if self.selector is not None:
             out["scores"] = self.selector(proposals, image_of, text)
         if self.generator is not None:
-            out["words"] = self.generator(proposals, image_of, k.clamp(min=0), text[:, None, :-1]).squeeze(1)
+            out["read"] = read = ~targets["generated"]
+            read[0] |= ~read.any()  # DDP asks for every parameter's gradient; `loss_terms` gives this one no weight
+            out["words"] = self.generator(proposals, image_of[read], k[read].clamp(min=0), text[read, None, :-1]).squeeze(1)
         return out
 
     def disambiguate(self, images, image_of, targets, rewards):
@@ -390,28 +393,6 @@ def meant_proposals(located, image_of, targets):
     place = meant + (count.cumsum(0) - count)[image_of]
     padded = torch.cat([located, located.new_full((1,), -1)])
     return padded[torch.where(meant >= 0, place, len(located))]
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values can be kept."""
-
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-
-    def _split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys(self, x):
-        """Projected keys and values, (E,heads,n,C/heads) each, of x (E,n,C)."""
-        return self._split(self.key(x)), self._split(self.value(x))
-
-    def forward(self, query, keys, mask=None):
-        """query (E,T,C), keys from `keys`; mask broadcasts to (E,heads,T,n), true where seen -> (E,T,C)."""
-        x = F.scaled_dot_product_attention(self._split(self.query(query)), *keys, attn_mask=mask,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.out(x.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -624,9 +605,9 @@ def loss_terms(out, targets, text, args):
         loss = F.cross_entropy(out["scores"].float(), out["k"], ignore_index=-1, reduction="none")
         terms["sel"] = args.sel_weight * (loss * torch.where(targets["generated"], args.pseudo_weight, 1.0)).sum()
     if "words" in out:
-        real = (out["k"] >= 0) & ~targets["generated"]
-        loss = F.cross_entropy(out["words"].float().transpose(1, 2), text[:, 1:], ignore_index=0, reduction="none")
-        terms["gen"] = args.gen_weight * (loss.sum(1) * real).sum()                               # Eq. 2
+        read, real = out["read"], (out["k"] >= 0) & ~targets["generated"]
+        loss = F.cross_entropy(out["words"].float().transpose(1, 2), text[read, 1:], ignore_index=0, reduction="none")
+        terms["gen"] = args.gen_weight * (loss.sum(1) * real[read]).sum()                         # Eq. 2
     return terms
 
 

@@ -84,17 +84,18 @@ class Attention(nn.Module):
     def _split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys(self, key, value):
-        """Projected keys and values, (E,heads,n,C/heads) each, of key and value (E,n,C)."""
-        return self._split(self.key(key)), self._split(self.value(value))
+    def keys(self, key, value=None):
+        """Projected keys and values, (E,heads,n,C/heads) each, of key and value (E,n,C), by default the same."""
+        return self._split(self.key(key)), self._split(self.value(key if value is None else value))
 
-    def forward(self, query, keys, mask):
-        """query (E,T,C), keys from `keys`; mask broadcasts to (E,heads,T,n): bool, true where seen, or added to the logits."""
+    def forward(self, query, keys, mask=None):
+        """query (E,T,C), keys from `keys` -> (E,T,C); mask, if any, broadcasts to (E,heads,T,n): bool, true where seen, or added
+        to the logits."""
         parts = [self._split(self.query(query)), *keys]
         on_cpu = query.device.type == "cpu"  # where bfloat16's backward pass takes several times as long as float32's
         with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             parts = [part.float() for part in parts] if on_cpu else parts
-            mask = mask if mask.dtype == torch.bool else mask.to(parts[0].dtype)
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(parts[0].dtype)
             x = F.scaled_dot_product_attention(*parts, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(x.transpose(1, 2).flatten(2))
 

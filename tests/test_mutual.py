@@ -103,14 +103,33 @@ def test_eq2_and_weights_by_hand():
     """L_gen sums over a sentence's words and leaves out generated ones; L_sel weighs them; k = -1 teaches nothing."""
     args, _ = build("--pseudo-weight", "0.1", "--gen-weight", "2")
     _, _, text, targets = batch()
-    k, scores, words = torch.tensor([2, 1, 0, -1]), torch.randn(4, 6), torch.randn(4, text.shape[1] - 1, len(VOCABULARY))
-    terms = mutual.loss_terms({"k": k, "scores": scores, "words": words}, targets, text, args)
-    gen = sum(words[e, t].softmax(-1)[text[e, t + 1]].log() for e in (0, 2) for t in range(text.shape[1] - 1) if text[e, t + 1])
+    k, scores, words = torch.tensor([2, 1, 0, -1]), torch.randn(4, 6), torch.randn(3, text.shape[1] - 1, len(VOCABULARY))
+    terms = mutual.loss_terms({"k": k, "scores": scores, "words": words, "read": ~targets["generated"]}, targets, text, args)
+    gen = sum(words[n, t].softmax(-1)[text[e, t + 1]].log() for n, e in ((0, 0), (1, 2)) for t in range(text.shape[1] - 1)
+              if text[e, t + 1])
     sel = sum(weight * scores[e].softmax(-1)[k[e]].log() for e, weight in ((0, 1), (1, 0.1), (2, 1)))
     assert torch.allclose(terms["gen"], -2 * gen) and torch.allclose(terms["sel"], -sel)
     batches = [[(0, 0, [0, 1]), (0, 1, [2])], [(0, 2, [3])]]  # the fifth sentence is not drawn
     weighs = mutual.mean_weights(args, SimpleNamespace(sources=["generated", "", "", "", "generated"]), batches)
     assert weighs == pytest.approx({"sel": (0.1 + 3) / 4, "gen": 3 / 4})
+
+
+@pytest.mark.parametrize("generated, read", [((False, True, False, False), 3), ((True, True, True, True), 1)])
+def test_the_generation_head_reads_no_generated_sentences(generated, read):
+    """The gradient is that of all sentences read and the generated ones then left out, and no parameter is without one, as DDP
+    wants it: of generated ones alone the head reads one, at no weight."""
+    args, model = build(stage="3")
+    images, image_of, text, targets = batch()
+    targets["generated"], gradients = torch.tensor(generated), []
+    for told in (targets, targets | {"generated": torch.zeros(4, dtype=torch.bool)}):
+        model.zero_grad()
+        torch.manual_seed(3)  # of the points where masks are compared
+        out = model.train()(images, image_of, text, told, 1.5)
+        assert len(out["words"]) == out["read"].sum() == (read if told is targets else 4)
+        sum(mutual.loss_terms(out, targets, text, args).values()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.allclose(gradients[0][name], grad, rtol=1e-4, atol=1e-5) for name, grad in gradients[1].items())
+    assert any(p.grad.any() for p in model.generator.parameters()) == (read > 1)
 
 
 def test_eq3_equals_its_plain_form():

@@ -13,6 +13,8 @@ import copy
 import importlib
 import json
 import os
+import signal
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ EMBEDDED = {"refshapes": "refshapes", "refshapes+": "refshapes", "refshapesg": "
             "vocshapes": "vocshapes"}
 SMALL_CORPUS = 2 ** 28  # bytes of decoded pictures that may stay in memory
 WORKER_TIMEOUT = 300  # seconds after which a hung loader worker ends the run instead of hanging it
+STOPS = {signal.SIGINT} | ({signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set())  # macOS does not tell who sent a signal
 
 
 # ---- frames -------------------------------------------------------------------------------------------------
@@ -520,6 +523,20 @@ def plan_evaluation(dataset, batch_size, most_expressions=128):
     return batches
 
 
+def _obey_parent(_):
+    """In a loader process, which is born with STOPS blocked: SIGTERM ends it when the training process sent it, and nobody else.
+
+    Ctrl-C, `timeout` and schedulers signal every process of a job at once. The training process then saves and ends its loader
+    processes itself, by SIGTERM where they hang; they must not die before it, as it would take that for a fault.
+    """
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    if signal.SIGTERM in STOPS:
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def load(dataset, batches, workers=0, pin=False):
     """Yield the Batch of each planned list of keys. A sample's UserError is raised here, in the main process; a loader process
     that dies or hangs is a RuntimeError of torch's, which `config.run` knows by its first word.
@@ -528,9 +545,13 @@ def load(dataset, batches, workers=0, pin=False):
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
         timeout=WORKER_TIMEOUT if workers else 0,
         # a forked process has the corpus without a copy; the ways that start afresh would have to pickle it
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context="fork" if workers else None, worker_init_fn=_obey_parent,
         generator=torch.Generator())  # its own, or every new loader would advance the run's random state
-    batches = iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        batches = iter(loader)  # forks, and the loader processes keep STOPS blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     while True:
         try:
             batch = next(batches, None)

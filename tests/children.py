@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -44,15 +45,30 @@ CONTEXT.set_forkserver_preload([__name__, "eval", *SCRIPTS])
 
 @dataclass(frozen=True)
 class Moment:
-    """The `count`-th call of `target` ("module:name.name"), before which the process is sent `number`; 0: it hangs for good."""
+    """The `count`-th call of `target` ("module:name.name"), before which the process is sent `number`; 0: it hangs for good.
+
+    group: all processes that it has started are sent the signal, too, as `timeout` and a terminal's Ctrl-C do.
+    """
     target: str
     count: int
     number: int = signal.SIGKILL
+    group: bool = False
 
     def arm(self):
         """Called in the child before the program starts."""
         calls = itertools.count(1)
-        _wrap(self.target, lambda: next(calls) == self.count and (os.kill(os.getpid(), self.number) if self.number else _hang()))
+        if self.group:
+            os.setpgid(0, 0)
+        _wrap(self.target, lambda: next(calls) == self.count and self.strike())
+
+    def strike(self):
+        """Hurt the process that has come to the moment."""
+        if self.group:  # from outside it, as a loader process tells its parent's word from others'; who dies of it is dead thereafter
+            subprocess.run(["sh", "-c", f"kill -s {int(self.number)} -- -{os.getpgid(0)}; sleep 0.3"], start_new_session=True)
+        elif self.number:
+            os.kill(os.getpid(), self.number)
+        else:
+            _hang()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Frames and their inverses, flips, padding, epochs, broken files."""
+import itertools
 import json
+import multiprocessing
+import subprocess
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -184,6 +188,25 @@ def test_worker_error_keeps_its_sentence(shapes, tmp_path):
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"^.*\.png does not exist; --images"):
             next(data.load(dataset, data.plan_evaluation(dataset, 2), workers))
+
+
+def test_loader_process_obeys_its_parent_alone(shapes, monkeypatch):
+    """A hung one outlives the signals of others and ends with the loading."""
+    dataset = open_train(shapes)
+    plan = data.plan_evaluation(dataset, 2)
+    first, calls = sum(len(key[2]) for key in plan[0]), itertools.count()
+    dataset.encode = lambda _: [1] if next(calls) < first else time.sleep(1e6)  # hangs in the second batch
+    batches = data.load(dataset, plan, 1)
+    next(batches)
+    worker, = multiprocessing.active_children()
+    for name in ("INT", "TERM"):
+        subprocess.run(["sh", "-c", f"kill -s {name} {worker.pid}"], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # seconds that torch waits before SIGTERM
+    batches.close()
+    worker.join(60)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("there, sentence", [([], "prepare mine with `python -m data_prep.refcoco"), (["val"], "or run on the embedded"),

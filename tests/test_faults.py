@@ -129,3 +129,17 @@ def test_loader_process(unbroken, shapes, tmp_path, script, how):
     assert_one_sentence(said, "--resume")
     finish(script, [*with_workers, "--resume"], tmp_path / "log")
     assert_unharmed(out, whole)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s == "train_lts" else pytest.mark.slow) for s in SCRIPTS])
+def test_signal_to_all_processes(unbroken, shapes, tmp_path, script, number, status):
+    """`timeout`, a scheduler or Ctrl-C signals the loader processes, too: SIGTERM still saves the last step, nothing is torn."""
+    whole, _ = unbroken(script)
+    out = tmp_path / "run"
+    with_workers = words(script, shapes, out, "--workers", "1", "--save-every", "0")
+    said = finish(script, with_workers, tmp_path / "log", status=status, hurt=[Moment("common.runlog:Log.step", 1, number, True)])
+    assert "Traceback" not in said and "error" not in said, said
+    assert ("saved at step 2" in said) == (number == signal.SIGTERM), said
+    finish(script, words(script, shapes, out, "--resume"), tmp_path / "log")
+    assert_unharmed(out, whole)

@@ -14,9 +14,10 @@
 
 Scores are taken in the original frame over every sentence (common/metrics.py defines them) and written to
 <run>/eval/<dataset>_<split>.json, with one line per sentence in the .jsonl beside it; those of REG (common/reg.py) to
-…_reg.json, with one line per object; those of a corpus with class maps are its classes' (common/classmaps.py). The
-checkpoint names the script that made it; any train_*.py in this folder serves, so a copied script needs no registration
-here. Of a run with stages the last one is scored, or that which the script's STAGE_OF_TASK names.
+…_reg.json, with one line per object, and to …_reg_listener-NAME.json where --listener is of another run; those of a corpus
+with class maps are its classes' (common/classmaps.py). The checkpoint names the script that made it; any train_*.py in this
+folder serves, so a copied script needs no registration here. Of a run with stages the last one is scored, or that which the
+script's STAGE_OF_TASK names.
 """
 import importlib
 import json
@@ -185,10 +186,22 @@ def load_run(path, device, argv):
     return script, args, settings, *build(path, state, script, settings, device), state
 
 
+def own_listeners(path, script):
+    """The best.pt of those stages of a checkpoint's run that may check its sentences."""
+    return [path.parent.parent / stage / "best.pt" for stage in getattr(script, "STAGE_OF_TASK", {}).get("listener", ())]
+
+
+def listener_suffix(listener, own):
+    """What stands in the results' name of who checked the sentences: nothing for the run's `own` listener or none, else the end
+    of the checkpoint's path, so that two listeners' results lie side by side."""
+    if not listener or Path(listener).resolve() in [file.resolve() for file in own]:
+        return ""
+    return "_listener-" + "_".join(Path(listener).resolve().with_suffix("").parts[-5:]).strip("/_")
+
+
 def load_listener(args, path, script, settings, vocabulary, device, say):
     """(model, encode) that checks sentences, or None where the run has none (said aloud). UserError for one that does not fit."""
-    stages = getattr(script, "STAGE_OF_TASK", {}).get("listener", ())
-    found = [path.parent.parent / stage / "best.pt" for stage in stages]
+    found = own_listeners(path, script)
     file = Path(args.listener) if args.listener else next((file for file in found if file.is_file()), None)
     if file is None:
         if say:
@@ -281,6 +294,7 @@ def describe_split(listener, args, ranks, path, split, script, settings, model, 
     summary = reg.summarise(rows, dataset, reg.references(dataset, *merged), seconds, path, used | {"step": state["step"]},
                             meteor=ranks.main) | {"refs": args.refs}
     suffix = "".join(["_reg", "_merged" if args.refs == "merged" else "",
+                      listener_suffix(args.listener, own_listeners(path, script)),
                       *(f"_{key.replace('_', '-')}-{value}" for key, value in (options | args.added).items()),
                       f"_first{args.limit}" if args.limit else ""])
     base = result_file(path, name, split, suffix)

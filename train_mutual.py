@@ -1265,14 +1265,14 @@ def origins(args, folder):
 
 def evaluate_stages(args, ranks, folder):
     """Score the stages' best.pt where that has not been done since they were written, and print what the chain reached."""
-    from eval import main as evaluate_run  # the same program that a user runs afterwards
+    from eval import listener_suffix, main as evaluate_run  # the same program that a user runs afterwards
     listener, scored = origins(args, folder)["rb"], []
     heard = ["--listener", str(listener)] if listener.is_file() else []
     for stage, task in (("1", "res"), ("3", "res"), ("1", "reg"), ("2", "reg")):
         best = folder / stage / "best.pt"
         if not best.is_file() or {"res": "reg", "reg": "res"}[task] == args.tasks or not args.eval_splits:
             continue
-        suffix = "_reg" if task == "reg" else ""
+        suffix = "_reg" + listener_suffix(heard and listener, [folder / "rb" / "best.pt"]) if task == "reg" else ""
         files = [folder / stage / "eval" / f"{args.dataset}_{split}{suffix}.json" for split in args.eval_splits]
         since = max(path.stat().st_mtime for path in (best, *([listener] if heard and task == "reg" else [])))
         if distributed.any_rank(ranks, not all(path.is_file() and path.stat().st_mtime >= since for path in files)):

@@ -185,9 +185,10 @@ class Plan:
         for column in self.table.columns_of(job.dataset, row):
             if self.table.scoring(row, job.dataset) is None and column.on == job.dataset:
                 folder, name = self.run_folder(job) / row.stage, f"{job.dataset}_{column.split}"
-                names = [f"{name}{suffix}.json" for suffix in ("_reg", "")]
+                names = [f"{name}{suffix}.json" for suffix in ("_reg", "_reg_listener-*", "")]
                 stages = [] if row.stage else [path for of in names for path in folder.glob(f"*/eval/{of}")]
-                files = sorted(stages, key=lambda path: path.stat().st_mtime) + [folder / "eval" / of for of in names]
+                own = [path for of in names for path in folder.glob(f"eval/{of}")]
+                files = sorted(stages, key=lambda path: path.stat().st_mtime) + own
             else:
                 files = said
             key, numbers = f"{column.on} {column.split}", {}
@@ -198,7 +199,7 @@ class Plan:
             missing = [metric for metric in column.metrics if metric not in numbers]
             if missing:
                 raise UserError(f"no score file of {key} has {', '.join(missing)}; looked at "
-                                f"{', '.join(map(str, files)) or 'none'}.")
+                                f"{', '.join(map(str, files)) or f'none below {self.run_folder(job)}'}.")
             found[key] = found.get(key, {}) | numbers
         return found
 

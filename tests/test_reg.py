@@ -203,6 +203,21 @@ def test_stage_of_a_task(run, stages, task, found, monkeypatch):
                 evaluation.find_checkpoint(args, False)
 
 
+def test_another_listener_has_results_of_its_own(run, shapes):
+    """The run's own listener, named or not, writes one file; those of two others lie beside it."""
+    for place in ("others/a/rb/best.pt", "others/b/rb/best.pt"):
+        save(run.parent / place, deaf=1, dataset="refshapes", data_root=str(shapes))
+    flags = ["--run", str(run), "--split", "testA", "--task", "reg", "--workers", "0"]
+    for listener in ([], [run / "rb" / "best.pt"], *([run.parent / "others" / of / "rb" / "best.pt"] for of in "ab")):
+        evaluation.main([*flags, *(["--listener", str(listener[0])] if listener else [])])
+    found = {path.name.partition("_reg")[2]: json.loads(path.read_text()) for path in (run / "2" / "eval").glob("*.json")}
+    others = [f"_listener-{run.parent.name}_others_{of}_rb_best.json" for of in "ab"]
+    heard = dict(zip([".json", *others], (run, run.parent / "others" / "a", run.parent / "others" / "b")))
+    assert {name: summary["settings"]["listener"] for name, summary in found.items()} == {
+        name: str(of / "rb" / "best.pt") for name, of in heard.items()}
+    assert found[".json"]["Rb-Acc"] > found[others[0]]["Rb-Acc"] == found[others[1]]["Rb-Acc"]
+
+
 def test_without_a_listener(run, capsys):
     shutil.rmtree(run / "rb")
     flags = ["--run", str(run), "--split", "testA", "--task", "reg", "--workers", "0"]

@@ -78,7 +78,7 @@ class Plan:
             what = [self.table.script_path().stem, [names.sub(lambda m: needed[m[1]], word) for word in words],
                     settings_files(self.table.script_path(), words), row.trained_on.get(dataset, dataset), row.stage,
                     scoring and shlex.join(names.sub(lambda m: needed.get(m[1], "own"), word) for word in scoring),
-                    needed.get(row.run_of)]
+                    needed.get(row.run_of), *names_files(scoring or [])]
             self.digests[key] = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         return self.digests[key]
 
@@ -226,6 +226,14 @@ def settings_files(script, words):
     own = dict(re.findall(r'^(\w*YAML) = "([^"]+)"', script.read_text(encoding="utf-8"), re.M))
     used = given + [path for name, path in own.items() if name != "EMBEDDED_YAML" and not (given and name == "YAML")]
     return [{key: value for key, value in load_yaml(path).items() if key.replace("-", "_") not in IDLE} for path in used]
+
+
+def names_files(words):
+    """What the file of eval.py's --names says, in a list; empty where the words have no such flag."""
+    parser = Parser("")
+    parser.add_argument("--names", default="")
+    given = parser.parse_known_args(words)[0].names
+    return [sorted(map(str, load_yaml(given).items()))] if given else []
 
 
 def read_scores(path):

@@ -175,6 +175,15 @@ def test_settings_hold_what_the_yaml_files_say(write, tmp_path, monkeypatch, fla
     assert (planned(path, monkeypatch).settings(before.table.row("full"), "corpus") == digest) != same
 
 
+def test_settings_hold_what_the_words_for_classes_say(write, tmp_path, monkeypatch):
+    path, digests = write(lambda table: table["rows"][1].update(eval="--names words.yaml")), []
+    for words in ("[man]", "[man, woman]", "[man]  # again"):
+        (tmp_path / "words.yaml").write_text(f"person: {words}\n")
+        plan = planned(path, monkeypatch)
+        digests.append([plan.settings(plan.table.row(row), "corpus") for row in ("full", "less")])
+    assert digests[0] == digests[2] and digests[0][0] == digests[1][0] and digests[0][1] != digests[1][1]
+
+
 def test_scores_that_training_wrote_are_not_those_of_eval():
     log = "$ python train_lts.py --eval-splits val\nscores: a.json\n$ torchrun -- eval.py --run x\nscores: b.json\nscores: c.json\n"
     assert named_by_eval(log) == ["b.json", "c.json"]

@@ -236,10 +236,27 @@ def score_split(args, ranks, path, split, script, settings, model, vocabulary, s
     refine = partial(refine_by_crf, preset=args.crf) if args.crf else None
     rows, seconds = metrics.evaluate(model, dataset, ranks, args.batch_size, args.workers, args.amp, args.threshold,
                                      args.protocol, args.limit, refine, on_batch=writer)
-    used = {key: getattr(args, key) for key in ("protocol", "threshold", "crf", "limit", "shuffle_expressions", "amp")}
-    summary = metrics.summarise(rows, dataset, args.task, seconds, path, used | args.added | {"step": state["step"]})
+    summary = metrics.summarise(rows, dataset, args.task, seconds, path, used(args, state))
     write_results(ranks, base, settings, summary, rows)
     return summary, rows, dataset
+
+
+def used(args, state):
+    """What a score file says of the way in which sentences were scored, and of the checkpoint's step."""
+    keys = ("protocol", "threshold", "crf", "limit", "shuffle_expressions", "amp")
+    return {key: getattr(args, key) for key in keys} | args.added | {"step": state["step"]}
+
+
+def stored_rows(base, path, settings):
+    """The rows stored at `base`; None where they are damaged, of another checkpoint or age than `path`, or other settings."""
+    files = [base.parent / f"{base.name}.{ending}" for ending in ("json", "jsonl")]
+    try:
+        summary, text = json.loads(files[0].read_text(encoding="utf-8")), files[1].read_text(encoding="utf-8")
+        rows = [{key: row[key] for key in ("sent_id", "image_id", "area", "I", "U")} for row in map(json.loads, text.splitlines())]
+        own = Path(summary["checkpoint"]).name == path.name and summary["settings"] == settings and summary["n"] == len(rows)
+        return rows if own and files[1].stat().st_mtime >= path.stat().st_mtime else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def provide(ranks, root, name, split, script):
@@ -336,19 +353,18 @@ class Comparison:
         self.sets, self.values, self.sentences = {}, {}, []
 
     def compare(self, path, summary, rows, dataset, suffix):
-        """Print and write how much more the rows of one split score than this run's, which are read where they are as
-        new as its checkpoint and else made. Raises UserError where they are of other sentences."""
+        """Print and write how much more the rows of one split score than this run's, which are read where `stored_rows` has
+        them and else made. Raises UserError where they are of other sentences, pictures or truths."""
         name, split = dataset.name, dataset.split
         base = result_file(self.path, name, split, suffix_of(self.args))
-        stored = base.parent / f"{base.name}.jsonl"
-        fresh = stored.is_file() and stored.stat().st_mtime >= self.path.stat().st_mtime
-        if distributed.any_rank(self.ranks, not fresh):
+        others = stored_rows(base, self.path, used(self.args, self.rest[-1]))
+        if distributed.any_rank(self.ranks, others is None):
             self.args.dataset = name
             others = score_split(self.args, self.ranks, self.path, split, self.script, self.settings, *self.rest)[1]
-        else:
-            others = [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()]
-        if [row["sent_id"] for row in rows] != [row["sent_id"] for row in others]:
-            raise UserError(f"{self.name} was scored on other sentences of {name} {split}; remove {stored} and try again.")
+        asked = [[(row["sent_id"], row["image_id"], row["area"]) for row in of] for of in (rows, others)]
+        if asked[0] != asked[1]:
+            raise UserError(f"{self.name} was scored on other sentences or masks of {name} {split}; remove {base}.jsonl and try "
+                            "again.")
         found = metrics.paired_bootstrap(rows, others)
         said = ", ".join(f"{key} {value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f}, p = {value['p']:.2g})"
                          for key, value in found.items())

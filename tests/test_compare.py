@@ -5,7 +5,7 @@ import pytest
 
 import eval as evaluation
 import train_lts
-from common.config import UserError
+from common.config import UserError, write_text
 from tests.conftest import TINY
 
 
@@ -39,13 +39,28 @@ def test_compare(runs, capsys):
     assert json.loads(written.read_text()) == found
 
 
+@pytest.mark.parametrize("ending, old, new", [
+    ("jsonl", '"sent_id": ', '"sent_'), ("jsonl", '"area"', '"size"'), ("json", "best.pt", "last.pt"), ("json", '"off"', '"bf16"')])
+def test_stored_rows_that_are_not_the_checkpoint_s_are_made_anew(runs, capsys, ending, old, new):
+    words = ["--run", str(runs / "s0"), "--compare", str(runs / "s1"), "--split", "val", "--workers", "0"]
+    evaluation.main(words)
+    file = runs / f"s1/eval/refshapes_val.{ending}"
+    before = file.read_text()
+    assert old in before
+    write_text(file, before.replace(old, new))
+    evaluation.main(words)
+    without_time = [[line for line in text.splitlines() if '"seconds"' not in line] for text in (before, file.read_text())]
+    assert without_time[0] == without_time[1]
+
+
 def test_what_cannot_be_compared(runs, capsys):
     words = ["--run", str(runs / "s0"), "--split", "val", "--workers", "0", "--compare"]
     with pytest.raises(UserError, match="does not exist"):
         evaluation.main([*words, str(runs / "nowhere")])
     rows = runs / "s1" / "eval" / "refshapes_val.jsonl"
-    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(UserError, match="scored on other sentences of refshapes val; remove"):
+    evaluation.main([*words, str(runs / "s1")])
+    rows.write_text(rows.read_text().replace('"area": ', '"area": 1', 1))  # the object is another one
+    with pytest.raises(UserError, match="scored on other sentences or masks of refshapes val; remove"):
         evaluation.main([*words, str(runs / "s1")])
 
 

@@ -19,8 +19,8 @@ def values_of(results, row, column, metric):
 
 def published_column(table, column, metric):
     """The paper's column beside a measured one: itself, or for an embedded corpus the first with that metric, of the corpus
-    that it stands for where the table has it; None where the paper does not have the metric."""
-    having = [other for other in table.columns if metric in other.metrics]
+    that it stands for and of its split where the table has them; None where the paper does not have the metric."""
+    having = sorted((other for other in table.columns if metric in other.metrics), key=lambda other: other.split != column.split)
     itself = [other for other in having if other.name == column.name and other.dataset == column.dataset]
     kin = [other for other in having if other.dataset.split("_")[0] == STANDS_FOR.get(column.dataset)]
     return next(iter(itself + kin + having), None)

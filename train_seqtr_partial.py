@@ -17,6 +17,10 @@ Where the paper is silent
   backbone      frozen, as most of it in SeqTR. `--no-freeze-backbone` trains it (with its BatchNorm statistics frozen).
   fusion        "from the finest to coarsest": average pooling, concatenation, 3x3 convolution, level by level, as SeqTR, with
                 GroupNorm; word vectors of GloVe stay as they are.
+  sentence      meets the cells in Eq. 1 alone. `--sentence-token`, the released code's: its tanh is appended to the cells as one
+                more token of the encoder, before the 1x1 convolution, so that GroupNorm's statistics are of both. It has no
+                position and is always attended to, with log G = 0; CCTF and --locate leave it out. It has no weights of its own,
+                so stages with it begin with `rec`, which has none, being SeqTR's, as in the released scripts.
   mp(.)         pools over the words, as its result multiplies every cell ("along the channel dimension" is a slip).
   positions     sine for the cells, in shares of the image's own extent, learned for the sequence. They are added "before
                 entering", and, as in DETR, once more to the queries and keys of every layer; SeqTR has these alone. The
@@ -30,7 +34,8 @@ Where the paper is silent
   Eq. 2         its M+1 values meet M bins: the far edge belongs to the last bin.
   contour       of the part with the largest area (`--contour bridge` joins all parts by their nearest points), on pixel edges,
                 from the leftmost of its topmost vertices; N points equally far apart along it, however short it is. SeqTR
-                takes every ceil(L/N)-th of L vertices, so at most N points: `--sampling stride`.
+                takes every ceil(L/N)-th of L vertices, so at most N points: `--sampling stride`. "Clockwise", also where an
+                image is mirrored; the released code goes the other way from the same vertex: `--direction anticlockwise`.
   EOS           ends every sequence, and is its every token where there is no mask. In masks it weighs 0.1 (SeqTR).
   output        is cut at the first EOS; one point or none: no mask; two: the box between them; an odd last coordinate falls.
   Eq. 4         cell floor(x W / M) of the image's own, fractional number of columns W; nothing for [TASK] and EOS. The
@@ -40,7 +45,11 @@ Where the paper is silent
                 released`: from the state after self-attention, for each head, the scale free, in cells, and multiplied:
                 log G = -(d s)^2 / sigma.
   Eq. 8         "dice" is the loss, 1 - dice coefficient: only so is D < 0.10 stricter than no threshold.
-  pseudo labels every sentence of train without a mask gets its own. Empty masks are no labels, whatever the threshold.
+                `--distance parts`, after the released code: each connected part of a mask is compared with the whole box, all
+                their projections behind one another, so that few masks in parts pass. (There, holes count as parts, too.)
+  pseudo labels every sentence of train without a mask gets its own. Empty masks are no labels, whatever the threshold. They come
+                from best.pt, of averaged weights. The released code has the weights without their average: `--pseudo-weights
+                last`, those of the last step. masks.json tells how it was made and is not used with other settings.
   retrain       begins from the model of boxes, as the released scripts; `--retrain-from res` goes on instead.
   rec           plain SeqTR without CCTF and PMCA ("the REC model trained in SeqTR"), so that all rows share it (`--rec-from`).
   jitter        scale 0.3 to 1.4, SeqTR's; a crop holds the whole object where it can. For pseudo labels the object is the label.
@@ -54,8 +63,6 @@ Where the paper is silent
   rates         those of `res` at 50 and 100 % are that at 10 %, that of `rec` is SeqTR's.
   schedule      five of 90 epochs of warm-up and a tenth after 5/6 of the steps, gradient norm 0.15, averaged weights (SeqTR).
   epoch         visits every object once with one of its sentences drawn (SeqTR).
-  not taken     from the released code: the sentence as one more token of the encoder, contours that run anti-clockwise, pseudo
-                labels of the last weights instead of their average, D of each part of a mask by itself.
 """
 import copy
 import math
@@ -74,7 +81,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import checkpoint, data, distributed, masks, metrics, runlog
 from common.backbones import Darknet53, DarknetConv, DarknetNeck, ResNet, Small, freeze_batchnorm, load_weights
 from common.config import UserError, base_parser, parse, run
-from common.contours import boxes_round, rasterise, sample, trace
+from common.contours import boxes_round, parts, rasterise, sample, trace
 from common.language import BiGRU
 from common.layers import Attention, ConvNormAct, EncoderLayer, feed_forward, normalise, sine
 from common.text import Vocabulary
@@ -143,10 +150,18 @@ def get_parser():
     add("--ratio", type=int, choices=subsets.RATIOS, default=10, help="percent of the objects that have masks; Table 1, Fig. 6")
     add("--cctf", choices=("paper", "released", "off"), default="paper", help="co-content teacher forcing, Eq. 4-5; Table 2")
     add("--pmca", choices=("paper", "released", "off"), default="paper", help="point-modulated cross-attention, Eq. 6-7; Table 2")
+    parser.switch(ablation, "sentence-token", False, "the pooled sentence as one more token of the encoder, as released; in all "
+                  "stages but `rec`")
     add("--sigma", type=float, default=8.0, help="bandwidth of Eq. 7; SMCA's")
     add("--points", type=int, default=18, help="N: 18, RefCOCOg 12; Sec. 4.2. (SeqTR's code has 12 for RefCOCO+, too)")
     add("--contour", choices=("largest", "bridge"), default="largest", help="what is traced of a mask in several parts")
     add("--sampling", choices=("uniform", "stride"), default="uniform", help="N points, or at most N by SeqTR's stride")
+    add("--direction", choices=("clockwise", "anticlockwise"), default="clockwise",
+        help="which way round contours run: Sec. 3.1's, or the released code's")
+    add("--pseudo-weights", choices=("averaged", "last"), default="averaged",
+        help="of `res`, for pseudo labels: the averaged ones of best.pt, or, as released, the last step's own, of last.pt")
+    add("--distance", choices=("whole", "parts"), default="whole",
+        help="D of Eq. 8 of the whole mask, or, as released, of each of its parts against the whole box")
     add("--threshold", type=float, default=0.10, help="T: pseudo labels with D of Eq. 8 (0 to 2) below it are kept; inf: all")
     parser.switch(ablation, "rpp", True, "resample pseudo masks' contours; without, learn the predicted points; Table 3")
     loss = parser.add_argument_group("loss and schedule")
@@ -187,6 +202,12 @@ def check_settings(args):
     if args.base == "released" and args.weights != "none" and not args.rec_from and args.stage in ("all", "rec"):
         raise UserError(f"--base released sees pixels of 0..255, which the backbone in --weights {args.weights} was not trained with: "
                         "begin with a SeqTR that data_prep.weights converted, by --rec-from, or with --weights none.")
+    for flag, given in (("--pseudo-weights last", args.pseudo_weights == "last"), ("--distance parts", args.distance == "parts")):
+        if given and args.ratio == 100:
+            raise UserError(f"{flag} tells how pseudo labels are made, and --ratio 100 needs none; leave one of the two out.")
+    if args.pseudo_weights == "last" and not args.ema and not args.pseudo_from:
+        raise UserError("--pseudo-weights last is the choice against averaged weights, of which --ema 0 has none; leave one of the "
+                        "two out.")
     for stage, flag, given in (("rec", "--rec-from", args.rec_from), ("res", "--pseudo-from", args.pseudo_from),
                                ("pseudo", "--pseudo-from", args.pseudo_from)):
         if given and args.stage == stage:
@@ -199,13 +220,13 @@ def of_stage(args, stage):
     epochs = own.get(stage, args.epochs)
     changed = {"stage": stage, "epochs": epochs, "eval_every": max(1, round(args.eval_every * epochs / args.epochs)),
                "lr": args.stage_lr if stage in own else args.lr or RATES[args.ratio]}
-    changed |= ROWS["baseline"] if stage == "rec" else ROWS.get(stage, {})
+    changed |= ROWS["baseline"] | {"sentence_token": False} if stage == "rec" else ROWS.get(stage, {})
     return type(args)(**{**vars(args), **changed})
 
 
 # ---- model --------------------------------------------------------------------------------------------------
-# Shapes: B images, E sentences, L words, C = --dim channels, S = h*w cells of the coarsest map, T tokens of a sequence,
-# P points. Tokens are bins 0 … M-1 and EOS = M; x and y alternate, x first.
+# Shapes: B images, E sentences, L words, C = --dim channels, S = h*w cells of the coarsest map (and, behind them, the token of
+# --sentence-token), T tokens of a sequence, P points. Tokens are bins 0 … M-1 and EOS = M; x and y alternate, x first.
 
 BACKBONES = {"darknet53": Darknet53, "resnet50": lambda: ResNet(50), "resnet101": lambda: ResNet(101),
              "small": lambda: Small(24, (1, 2, 6))}
@@ -218,7 +239,7 @@ class SeqTR(nn.Module):
         super().__init__()
         self.points = 2 if args.stage == "rec" else args.points
         self.bins, self.cctf, self.box, self.waves = args.bins, args.cctf, args.stage == "rec", args.waves
-        self.released, self.max_words = args.base == "released", args.max_words
+        self.released, self.max_words, self.sentence_token = args.base == "released", args.max_words, args.sentence_token
         self.fill = torch.tensor(data.Canvas.fill, dtype=torch.uint8)
         self.backbone = BACKBONES[args.backbone]()
         if args.freeze_backbone:
@@ -310,25 +331,31 @@ class SeqTR(nn.Module):
         else:
             states, known = self.language(text)
         sentence = states.masked_fill(~known[..., None], -torch.inf).amax(1)                 # mp(F_l), (E, text_dim)
-        fused = visual.tanh().index_select(0, image_of) * sentence.tanh()[..., None, None]                   # Eq. 1
-        x = self.project(fused)
-        h, w = x.shape[2:]
+        sentence = sentence.tanh()[..., None]                                                # (E, text_dim, 1)
+        fused = visual.tanh().index_select(0, image_of) * sentence[..., None]                                # Eq. 1
+        h, w = fused.shape[2:]
+        if self.sentence_token:
+            fused = torch.cat([fused.flatten(2), sentence], 2)[..., None]                    # (E, text_dim, h*w + 1, 1)
+        x = self.project(fused).flatten(2).transpose(1, 2)                                   # (E, S, C)
         stride, frame = self.strides[-1], token_frame(size, self.released)
         column, row = (torch.arange(side, device=x.device) for side in (w, h))
         u, v = (column + 0.5) * stride / frame[:, :1], (row + 0.5) * stride / frame[:, 1:]   # (E, w), (E, h), shares of the sides
         valid_x, valid_y = column * stride < size[:, :1], row * stride < size[:, 1:]         # where the near edge is the image's
-        visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, S)
+        visible = (valid_y[:, :, None] & valid_x[:, None]).flatten(1)                        # (E, h*w)
         place = [valid.cumsum(1) / valid.sum(1, keepdim=True) for valid in (valid_x, valid_y)] if self.released else [u, v]
-        x_wave, y_wave = (sine(of_axis, x.shape[1] // 2, self.waves) for of_axis in place)
+        x_wave, y_wave = (sine(of_axis, x.shape[2] // 2, self.waves) for of_axis in place)
         position = torch.cat([y_wave[:, :, None].expand(-1, -1, w, -1), x_wave[:, None].expand(-1, h, -1, -1)], -1).flatten(1, 2)
-        x = x.flatten(2).transpose(1, 2)                                                     # (E, S, C), as `position`
+        attended = visible
+        if self.sentence_token:
+            position, attended = F.pad(position, (0, 0, 0, 1)), F.pad(visible, (0, 1), value=True)       # (E, S, C), (E, S)
         x = x if self.released else x + position
         for layer in self.encoder:
-            x = layer(x, position, visible[:, None, None])
-        where = self.locator(x)[..., 0].masked_fill(~visible, -1e4).unflatten(1, (h, w)) if self.locator else None
-        lines = co_content(x.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
+            x = layer(x, position, attended[:, None, None])
+        cells = x[:, :h * w] if self.sentence_token else x
+        where = self.locator(cells)[..., 0].masked_fill(~visible, -1e4).unflatten(1, (h, w)) if self.locator else None
+        lines = co_content(cells.unflatten(1, (h, w)), valid_x, valid_y, self.cctf) if self.cctf != "off" else None
         keys = [layer.cross.keys(x + position, x) for layer in self.decoder]
-        return {"keys": keys, "visible": visible, "u": u, "v": v, "cells": frame / stride, "lines": lines, "where": where}
+        return {"keys": keys, "visible": attended, "u": u, "v": v, "cells": frame / stride, "lines": lines, "where": where}
 
     def embed(self, memory, tokens, start=0):
         """S of Eq. 5: tokens (E,T), the first of them coordinate number `start` of its sequence -> (E,T,C)."""
@@ -465,7 +492,7 @@ class PMCA(nn.Module):
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, s, state, memory):
-        """s (E,T,C) of Eq. 5, state (E,T,C) after self-attention -> log G (E, 1 or heads, T, S)."""
+        """s (E,T,C) of Eq. 5, state (E,T,C) after self-attention -> log G (E, 1 or heads, T, h*w)."""
         out = self.mlp(state if self.mode == "released" else s).float()
         centre, scale = (part.unflatten(-1, (self.maps, 2)).transpose(1, 2) for part in out.chunk(2, -1))   # (E, n, T, 2)
         if self.mode == "released":
@@ -499,7 +526,8 @@ class DecoderLayer(nn.Module):
         x = self.norms[0](x + self.dropout(self.own(asked, own, seen)))
         mask = memory["visible"][:, None, None]
         if self.pmca is not None:
-            mask = self.pmca(s, x, memory).masked_fill(~mask, -torch.inf)
+            log_g = self.pmca(s, x, memory)
+            mask = F.pad(log_g, (0, mask.shape[-1] - log_g.shape[-1])).masked_fill(~mask, -torch.inf)  # the sentence's is 0
         x = self.norms[1](x + self.dropout(self.cross(x + place, keys, mask)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
@@ -538,7 +566,7 @@ def visible_size(frame):
 
 # ---- targets and losses -------------------------------------------------------------------------------------
 
-def make_targets(example, points, bins, contour, sampling, released=False, box=False, pseudo=None, raw=None):
+def make_targets(example, points, bins, contour, sampling, direction="clockwise", released=False, box=False, pseudo=None, raw=None):
     """In a loader worker: the sequence of each sentence, `tokens` (E,2P), EOS behind its end, and its annotated box, `boxes`
     (E,4), on the canvas.
 
@@ -547,7 +575,7 @@ def make_targets(example, points, bins, contour, sampling, released=False, box=F
     """
     frame, pseudo, raw, expressions = example.frame, pseudo or {}, raw or {}, example.expressions.tolist()
     boxes = frame.boxes_in(np.stack([example.dataset.expression_box(e) for e in expressions]))
-    back = -1 if frame.flipped else 1                            # clockwise in the mirror, too
+    back = -1 if frame.flipped else 1                            # the same way round in the mirror, too
     lines = dict(zip(expressions, boxes.reshape(-1, 2, 2))) if box else {
         e: frame.points_in(raw[e])[::back][:points] for e in expressions if e in raw}
     keys, shapes = {}, {}                                        # contours to trace; sentences about the same objects share one
@@ -557,7 +585,7 @@ def make_targets(example, points, bins, contour, sampling, released=False, box=F
             shapes.setdefault(keys[e], masks.decode(pseudo[e], checked=True) if e in pseudo else example.meant[k])
     if shapes:
         shares = frame.masks_in(np.stack(list(shapes.values()))).numpy()
-        traced = {key: sequence(share, points, contour, sampling) for key, share in zip(shapes, shares)}
+        traced = {key: sequence(share, points, contour, sampling, direction) for key, share in zip(shapes, shares)}
         lines |= {e: traced[key] for e, key in keys.items()}
     rows = np.full((len(expressions), 2 if box else points, 2), bins, np.int64)
     for row, e in zip(rows, expressions):
@@ -565,11 +593,11 @@ def make_targets(example, points, bins, contour, sampling, released=False, box=F
     return {"tokens": torch.from_numpy(rows).flatten(1), "boxes": torch.from_numpy(boxes).float()}
 
 
-def sequence(share, points, contour, sampling):
+def sequence(share, points, contour, sampling, direction):
     """At most `points` points (P,2) along the contour of a mask, given by the share (H,W) of each pixel that it covers; an object
     that shrank below half a pixel is still there. (0,2) for an empty mask."""
     most = share.max()
-    line = trace(share >= min(0.5, most), contour) if most > 0 else None
+    line = trace(share >= min(0.5, most), contour, direction) if most > 0 else None
     return np.zeros((0, 2)) if line is None else sample(line, points, sampling)
 
 
@@ -608,11 +636,13 @@ def boxes_alone(dataset, **changes):
     return dataset.view(object_mask=lambda i: box_mask(dataset, [i]), **changes)
 
 
-def projection_loss(mask, box):
-    """D of Eq. 8 of masks (H,W) bool: how unlike their projections on both axes are, 0 (equal) to 2 (apart)."""
-    total = 0.0
-    for axis in (0, 1):
-        l, b = mask.any(axis), box.any(axis)                                             # noqa: E741
+def projection_loss(mask, box, distance="whole"):
+    """D of Eq. 8 of masks (H,W) bool: how unlike their projections on both axes are, 0 (equal) to 2 (apart). `parts`: those of
+    each part of `mask`, and the box's as often, behind one another."""
+    each, total = parts(mask) if distance == "parts" else mask[None], 0.0                # (n, H, W)
+    for axis in (1, 2):
+        l = each.any(axis)                                                               # noqa: E741
+        b = np.broadcast_to(box.any(axis - 1), l.shape)
         total += 1 - 2 * (l & b).sum() / max(1, l.sum() + b.sum())
     return float(total)
 
@@ -700,7 +730,7 @@ def polygon_bound(dataset, bins, released=False, limit=300):
 
 def make_pseudo(args, ranks, folder, model, train_set):
     """Predict a contour for every sentence of train whose object has no mask, and write <run>/pseudo/masks.json: masks (RLE) and
-    points in the image's frame, and D of Eq. 8."""
+    points in the image's frame, and D of Eq. 8; and how they were made."""
     view = narrowed(boxes_alone(train_set, targets=None), ~has_masks(args, train_set))
     mine = []
 
@@ -710,7 +740,7 @@ def make_pseudo(args, ranks, folder, model, train_set):
             points = frame.points_img(output["points"][of_image].cpu().double())
             for e, mask, drawn in zip(batch.index[of_image].tolist(), predicted[i].cpu().numpy(), points.numpy()):
                 drawn = drawn[np.isfinite(drawn).all(1)].round(2)
-                distance = projection_loss(mask, box_mask(train_set, train_set.objects_of[e]))
+                distance = projection_loss(mask, box_mask(train_set, train_set.objects_of[e]), args.distance)
                 mine.append({"index": e, "id": int(train_set.sent_ids[e]), "mask": masks.encode(mask), "points": drawn.tolist(),
                              "D": round(distance, 6)})
 
@@ -718,19 +748,31 @@ def make_pseudo(args, ranks, folder, model, train_set):
         metrics.evaluate(model, view, ranks, args.eval_batch_size, args.workers, args.amp, on_batch=keep)
     labels = sorted((label for share in distributed.gather(ranks, mine) for label in share), key=lambda label: label["index"])
     if ranks.main:
-        write_json(folder / "masks.json", {"meta": {"dataset": args.dataset, "ratio": args.ratio, "sentences": len(labels)},
+        meta = {key: getattr(args, key) for key in ("dataset", "ratio", "pseudo_weights", "distance", "direction", "leaky_init")}
+        write_json(folder / "masks.json", {"meta": meta | {"sentences": len(labels)},
                                            "labels": [{k: v for k, v in label.items() if k != "index"} for label in labels]})
     distributed.barrier(ranks)
 
 
-def read_pseudo(args, path, dataset):
-    """The labels whose D is below --threshold and whose mask is not empty: {expression: RLE}, {expression: (P,2) points of the
-    image}. Raises UserError where the file is damaged, or of another corpus or ratio."""
+def open_pseudo(args, path):
+    """The content of a file of pseudo labels. Raises UserError where it is damaged or was made with other settings; the direction
+    of its points matters without RPP alone."""
     content = read_json(path)
     meta = field(content, "meta", dict, path)
-    of = field(meta, "dataset", str, path), field(meta, "ratio", int, path)
-    if of != (args.dataset, args.ratio):
-        raise UserError(f"{path} is for {of[0]} with {of[1]} % of the masks, not for {args.dataset} with --ratio {args.ratio}.")
+    made = {"dataset": field(meta, "dataset", str, path), "ratio": field(meta, "ratio", int, path)}
+    # files from before there was a choice do not tell it
+    made |= {key: field(meta, key, str, path, default) for key, default in (
+        ("pseudo_weights", "averaged"), ("distance", "whole"), ("direction", "clockwise")) if key != "direction" or not args.rpp}
+    other = [f"--{key.replace('_', '-')} {value}" for key, value in made.items() if value != getattr(args, key)]
+    if other:
+        raise UserError(f"{path} was made with {', '.join(other)}; say the same, or make others under another --name.")
+    return content
+
+
+def read_pseudo(args, path, dataset):
+    """The labels whose D is below --threshold and whose mask is not empty: {expression: RLE}, {expression: (P,2) points of the
+    image}. Raises UserError where the file is damaged, or was made with other settings."""
+    content = open_pseudo(args, path)
     known = {id_: e for e, id_ in enumerate(dataset.sent_ids.tolist())}
     pseudo, raw = {}, {}
     for label in field(content, "labels", list, path):
@@ -890,9 +932,10 @@ def snapshot(args, model, vocabulary, step, best):
             "vocabulary": list(vocabulary), "model": model.state_dict()}
 
 
-LATER = dict.fromkeys(ROWS, {"rows", "rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "pseudo_from", "threshold", "rpp"})
+LATER = dict.fromkeys(ROWS, {"rows", "rec_epochs", "stage_lr", "retrain_epochs", "retrain_from", "pseudo_from", "threshold", "rpp",
+                             "pseudo_weights", "distance"})
 LATER["retrain"] = {"rows", "rec_epochs"}
-LATER["rec"] = LATER["res"] - {"stage_lr"} | {"ratio", "sigma", "contour", "sampling", "eos_weight"}  # what a stage does not see
+LATER["rec"] = LATER["res"] - {"stage_lr"} | {"ratio", "sigma", "contour", "sampling", "direction", "eos_weight"}  # it does not see
 
 
 def check_same_run(state, args, folder):
@@ -924,10 +967,10 @@ class stop_signal:
 def transfer(model, begun, path, args):
     """Begin with the weights of another stage, its checkpoint `begun`; returns whether they saw RefCOCO's val or test images.
     PMCA's and the locator's may be missing, the locator's be left over; of another number of points as many places are taken as
-    there are. Raises UserError where the rest differs."""
+    there are. --sentence-token may differ: it has no weights, and `rec` never has it. Raises UserError where the rest differs."""
     if "coordinates.weight" not in begun["model"]:
         raise UserError(f"{path} was made by {begun['script']}.py and holds no SeqTR.")
-    shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "bins")
+    shape = ("base", "backbone", "finest_stride", "text_dim", "dim", "heads", "encoder_layers", "decoder_layers", "waves", "bins")
     other = [f"--{key.replace('_', '-')} {begun['args'].get(key)}" for key in shape if begun["args"].get(key) != getattr(args, key)]
     if other:
         raise UserError(f"{path} was made with {', '.join(other)}; say the same to begin with it.")
@@ -943,7 +986,7 @@ def transfer(model, begun, path, args):
 def open_train(args):
     """The split train with the targets and the jitter that all stages share; how it encodes sentences is set later."""
     targets = partial(make_targets, points=args.points, bins=args.bins, contour=args.contour, sampling=args.sampling,
-                      released=args.base == "released")
+                      direction=args.direction, released=args.base == "released")
     low, high = args.jitter
     augment = partial(jitter, low=low, high=high, flip=args.flip) if (low, high) != (1, 1) else None
     path, flip = data.split_path(args.data_root, args.dataset, "train"), 0.0 if augment else args.flip
@@ -953,7 +996,7 @@ def open_train(args):
 
 
 def run_stage(args, ranks, folder, origin, labels):
-    """One stage, from what lies in `folder`; origin: the best.pt that it begins with, or None; labels: the file of pseudo labels."""
+    """One stage, from what lies in `folder`; origin: the checkpoint it begins with, or None; labels: the file of pseudo labels."""
     torch.manual_seed(args.seed)
     begun, train_set = checkpoint.load(origin) if origin else None, open_train(args)
     if begun:  # the words that its weights know
@@ -968,9 +1011,12 @@ def run_stage(args, ranks, folder, origin, labels):
     if args.stage == "pseudo":
         check_same_run(begun, of_stage(args, "res"), origin.parent)
         made = folder / "masks.json"
-        if not made.is_file() or made.stat().st_mtime < origin.stat().st_mtime:
-            checkpoint.load_model(model, begun, origin)
-            make_pseudo(args, ranks, folder, model.to(ranks.device), train_set)
+        if made.is_file() and made.stat().st_mtime >= origin.stat().st_mtime:
+            open_pseudo(args, made)  # other settings do not make them anew: `retrain` may have begun with these
+            return
+        checkpoint.load_model(model, begun, origin)
+        args.leaky_init = bool(begun["args"].get("leaky_init"))
+        make_pseudo(args, ranks, folder, model.to(ranks.device), train_set)
         return
     val_set = data.RefDataset(data.split_path(args.data_root, args.dataset, "val"), *frontend(args, vocabulary))
     state = checkpoint.load_newest(folder)
@@ -984,6 +1030,8 @@ def run_stage(args, ranks, folder, origin, labels):
         args.leaky_init = state["args"]["leaky_init"]
     elif begun:
         args.leaky_init = transfer(model, begun, origin, args)
+        if args.stage == "retrain":  # labels of leaky weights are leaky, too
+            args.leaky_init |= field(open_pseudo(args, labels)["meta"], "leaky_init", bool, labels, False)
     else:
         if args.weights != "none":
             args.leaky_init = load_weights(model.backbone, args.weights, args.leaky_init)["leaky"]
@@ -1005,20 +1053,25 @@ def run_stage(args, ranks, folder, origin, labels):
 
 
 def stages_of(args, folder):
-    """What this call runs, [(stage, the best.pt that it begins with, or None)], and the file of pseudo labels. Raises UserError
+    """What this call runs, [(stage, the checkpoint that it begins with, or None)], and the file of pseudo labels. Raises UserError
     where something is neither there nor made on the way."""
     best = {stage: folder / stage / "best.pt" for stage in STAGES} | ({"rec": Path(args.rec_from)} if args.rec_from else {})
     begins = {"baseline": "rec", "cctf": "rec", "res": "rec", "pseudo": "res", "retrain": args.retrain_from}
+    origins = {stage: best[before] for stage, before in begins.items()}
+    if args.pseudo_weights == "last":
+        origins["pseudo"] = folder / "res" / "last.pt"
     labels, all_known = Path(args.pseudo_from or folder / "pseudo" / "masks.json"), args.ratio == 100  # none is left to predict
     skipped = {"rec": args.rec_from, "baseline": not args.rows, "cctf": not args.rows, "res": args.pseudo_from,
                "pseudo": args.pseudo_from or all_known, "retrain": all_known}
     stages = [stage for stage in STAGES if not skipped[stage]] if args.stage == "all" else [args.stage]
     for stage in stages:
-        needed = [(best[begins[stage]], begins[stage])] if stage != "rec" else []
+        needed = [(origins[stage], begins[stage])] if stage != "rec" else []
         for path, maker in needed + ([(labels, "pseudo")] if stage == "retrain" else []):
             if maker not in stages and not path.is_file():
                 raise UserError(f"{path} does not exist, which the stage {stage} needs; the stage {maker} makes such a file.")
-    return [(stage, best.get(begins.get(stage))) for stage in stages], labels
+    if "retrain" in stages and "pseudo" not in stages:
+        open_pseudo(args, labels)  # told before `rec` is trained
+    return [(stage, origins.get(stage)) for stage in stages], labels
 
 
 def print_stages(args, folder, labels):

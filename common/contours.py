@@ -4,7 +4,7 @@ Points are continuous, in pixels, whole numbers on pixel edges.
 """
 import numpy as np
 import torch
-from skimage.measure import find_contours
+from skimage.measure import find_contours, label
 
 from common import masks
 
@@ -32,20 +32,28 @@ def area(polygon):
     return 0.5 * float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())
 
 
-def trace(mask, contour):
-    """One closed contour (n,2) of a mask from the leftmost of its topmost vertices, clockwise; None where the mask is empty."""
-    parts = outlines(mask)
-    if not parts:
+def parts(mask):
+    """The connected parts of a mask (H,W), as masks (n,H,W); pixels that touch at a corner are one part."""
+    numbered = label(mask, connectivity=2)
+    return numbered == np.arange(1, numbered.max() + 1)[:, None, None]
+
+
+def trace(mask, contour, direction="clockwise"):
+    """One closed contour (n,2) of a mask from the leftmost of its topmost vertices, `clockwise` or `anticlockwise` as seen; None
+    where the mask is empty."""
+    found = outlines(mask)
+    if not found:
         return None
-    line = parts[0]
-    rest = parts[1:] if contour == "bridge" else []
+    line = found[0]
+    rest = found[1:] if contour == "bridge" else []
     while rest:  # walk to the nearest part, once round it, and back the same way
         gaps = [np.square(line[:, None] - part[None]).sum(-1) for part in rest]
         k = min(range(len(rest)), key=lambda i: gaps[i].min())
         i, j = np.unravel_index(gaps[k].argmin(), gaps[k].shape)
         part = np.roll(rest.pop(k), -j, axis=0)
         line = np.concatenate([line[:i + 1], part, part[:1], line[i:]])
-    return np.roll(line, -np.lexsort((line[:, 0], line[:, 1]))[0], axis=0)
+    line = np.roll(line, -np.lexsort((line[:, 0], line[:, 1]))[0], axis=0)
+    return line if direction == "clockwise" else np.roll(line[::-1], 1, axis=0)
 
 
 def sample(line, count, sampling):

@@ -22,7 +22,8 @@ TINY = ["--yaml", "yaml/seqtr_partial_refshapes.yaml", "--size", "64", "--dim", 
         "--encoder-layers", "1", "--decoder-layers", "2", "--bins", "32", "--points", "5", "--batch-size", "4", "--workers", "0",
         "--eval-splits", "val", "--amp", "off"]
 ROWS = [[], ["--cctf", "released"], ["--cctf", "off"], ["--pmca", "released"], ["--pmca", "off"], ["--cctf", "off", "--pmca", "off"],
-        ["--base", "released"], ["--stage", "rec"]]
+        ["--base", "released"], ["--sentence-token"],
+        ["--sentence-token", "--base", "released", "--cctf", "released", "--pmca", "released"], ["--stage", "rec"]]
 
 
 def settings(*flags):
@@ -91,6 +92,7 @@ def test_contour_of_a_fixture():
     assert contours.trace(mask, "largest").tolist() == expected
     assert contours.sample(np.array(expected), 4, "stride").tolist() == expected[::3]
     assert len(contours.sample(np.array(expected), 5, "stride")) == 4, "every third vertex: at most N points, not N"
+    assert contours.trace(mask, "largest", "anticlockwise").tolist() == [expected[0], *expected[:0:-1]], "from the same vertex"
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -168,6 +170,31 @@ def test_boxes_flips_and_shrinking():
     assert (make(example(mask, small))["tokens"] < 40).all(), "what shrinks below half a pixel is still there"
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("direction, sign", [("clockwise", 1), ("anticlockwise", -1)])
+@pytest.mark.parametrize("sampling", ["uniform", "stride"])
+def test_direction(flipped, direction, sign, sampling):
+    """Contours run as told, in the mirror, too, from the leftmost of the topmost vertices; so do points that are taken as they are."""
+    mask, frame = blob(2), data.Frame(90, 90, 90, 90, 90, 90, flipped=flipped)
+    make = lambda **more: points_of(partial_res.make_targets(  # noqa: E731
+        example(mask, frame), 12, 90, "largest", sampling, direction, **more)["tokens"][0], (90, 90), 90).numpy()
+    traced, raw = make(), make(raw={0: contours.sample(contours.trace(mask, "largest", direction), 12, "uniform")})
+    top = contours.trace(mask[:, ::-1] if flipped else mask, "largest")[0]
+    assert np.abs(traced[0] - top).max() <= 0.5 and sign * contours.area(traced[np.isfinite(traced).all(1)]) > 1000
+    assert sign * contours.area(raw) > 1000
+
+
+@pytest.mark.parametrize("direction, sign", [("clockwise", 1), ("anticlockwise", -1)])
+def test_direction_reaches_the_data(shapes, direction, sign):
+    subsets.make(shapes, "refshapes", ratios=[50])
+    args = parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes), "--direction", direction, "--points", "12"])
+    train = partial_res.training_view(partial_res.of_stage(args, "res"), partial_res.open_train(args), None)
+    train.encode, train.canvas = partial_res.frontend(args, VOCABULARY)
+    e = int(next(of[0] for of in train.of_image if len(of)))
+    points = train[(0, int(train.expression_image[e]), np.array([e]))]["targets"]["tokens"].view(-1, 2).numpy()
+    assert sign * contours.area(points) > 0
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_jitter_keeps_the_object(flip):
     mask = np.zeros((50, 100), bool)
@@ -194,6 +221,27 @@ def test_projection_loss():
     ring = box.copy()
     ring[6:14, 6:14] = False
     assert partial_res.projection_loss(ring, box) == 0, "D sees projections alone"
+    assert partial_res.projection_loss(ring, box, "parts") == 0, "a hole is no part"
+
+
+@pytest.mark.parametrize("corners", [[], [(5, 5, 15, 15)], [(5, 5, 15, 9), (3, 11, 15, 16)], [(5, 5, 8, 8), (8, 8, 15, 15), (0, 19, 1, 20)]])
+def test_projection_loss_of_parts_equals_the_loop(corners):
+    """Each part against the whole box, one list for each axis; the first two rectangles of the last case touch at a corner."""
+    each, box = [np.zeros((20, 22), bool) for _ in corners], np.zeros((20, 22), bool)
+    box[4:15, 5:15] = True
+    for part, (x0, y0, x1, y1) in zip(each, corners):
+        part[y0:y1, x0:x1] = True
+    mask = np.any(each, axis=0) if each else np.zeros_like(box)
+    each = [each[0] | each[1], each[2]] if len(each) == 3 else each
+    expected = 0
+    for lines in (lambda m: m, np.transpose):
+        both = ones = 0
+        for part in each:
+            for l, b in zip(lines(part), lines(box)):  # noqa: E741
+                both, ones = both + (l.any() and b.any()), ones + int(l.any()) + int(b.any())
+        expected += 1 - 2 * both / max(1, ones)
+    assert partial_res.projection_loss(mask, box, "parts") == pytest.approx(expected)
+    assert (expected == pytest.approx(partial_res.projection_loss(mask, box))) == (len(corners) < 2)
 
 
 # ---- model --------------------------------------------------------------------------------------------------
@@ -307,6 +355,41 @@ def test_cctf_joins_coordinates_alone():
     index = partial_res.line_index(same, 32, memory["cells"], 4, 4, "paper")
     assert torch.allclose(model.embed(memory, same)[0, 2] - model.coordinates(same[0, 2]), memory["lines"][0][0, index[0][0, 2]], atol=1e-6)
     assert torch.allclose(model.embed(memory, same)[0, 3] - model.coordinates(same[0, 3]), memory["lines"][1][0, index[1][0, 3]], atol=1e-6)
+
+
+@pytest.mark.parametrize("pmca", ["paper", "released", "off"])
+def test_sentence_token_by_hand(pmca):
+    """The pooled sentence behind the cells: under GroupNorm with them, without position, never masked, with log G = 0; CCTF and the
+    locator do not see it."""
+    _, model = build("--sentence-token", "--pmca", pmca, "--locate", "1")
+    model.eval()
+    torch.nn.init.normal_(model.project[1].weight)
+    seen, (images, image_of, text, tokens) = {}, inputs()
+    model.encoder[0].register_forward_pre_hook(lambda module, given: seen.update(begin=given))
+    model.encoder[-1].register_forward_hook(lambda module, given, out: seen.update(end=out))
+    model.decoder[-1].cross.register_forward_pre_hook(lambda module, given: seen.update(mask=given[2]))
+    with torch.inference_mode():
+        visual, size = model.encode_image(images)
+        memory = model.encode((visual, size), image_of, text)
+        model.decode(memory, tokens)
+        (x, position, attended), conv, norm = seen["begin"], *model.project
+        states, known = model.language(text)
+        for e in range(3):
+            said = torch.stack([state for state, there in zip(states[e], known[e]) if there]).amax(0).tanh()
+            cells = [visual[e, :, i, j].tanh() * said for i in range(4) for j in range(4)] + [said]
+            rows = torch.stack([conv.weight[:, :, 0, 0] @ cell + conv.bias for cell in cells])     # (17, 16), a group a channel
+            rows = (rows - rows.mean(0)) / (rows.var(0, correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+            assert torch.allclose(x[e], rows + position[e], atol=1e-4)
+        assert not position[:, -1].any() and position[:, :-1].any(2).all() and attended[..., -1].all()
+        mask, plain = seen["mask"], build("--pmca", pmca)[1].eval()
+        assert attended[:, 0, 0, :-1].equal(plain.encode(plain.encode_image(images), image_of, text)["visible"])
+        assert (mask[..., -1] == 0).all() if pmca != "off" else mask[..., -1].all()
+        assert pmca == "off" or (mask[..., :-1] < 0).any(-1).all()
+        u, v = (torch.arange(4) * 16 < size[:, i, None] for i in (0, 1))
+        cells = seen["end"][:, :-1].unflatten(1, (4, 4))
+        assert all(map(torch.equal, memory["lines"], partial_res.co_content(cells, u, v, "paper")))
+        there = attended[:, 0, 0, :-1].view(3, 4, 4)
+        assert torch.allclose(memory["where"][there], model.locator(cells)[..., 0][there], atol=1e-6)
 
 
 def test_gaussian_is_zero_at_its_centre():
@@ -463,7 +546,7 @@ def test_chain(chain, shapes):
     assert "REC@0.5" in rec["best"] and rec["args"]["cctf"] == "off" and not any(".pmca." in name for name in rec["model"])
 
 
-@pytest.mark.parametrize("flags, stage", [(["--ratio", "100"], "res"), (["--pseudo-from", "{out}/pseudo/masks.json", "--no-rpp"], "retrain")])
+@pytest.mark.parametrize("flags, stage", [(["--ratio", "100", "--sentence-token"], "res"), (["--pseudo-from", "{out}/pseudo/masks.json", "--no-rpp"], "retrain")])
 def test_stages_that_are_not_needed(chain, shapes, tmp_path, flags, stage):
     """Of all masks none is left to predict; labels of another run are taken as they are. A stage begins with the weights it is
     given, and so does their average."""
@@ -489,14 +572,53 @@ def test_labels_are_made_anew_for_a_new_model(chain, shapes, tmp_path):
     label = lambda *flags: partial_res.run_stage(partial_res.of_stage(  # noqa: E731
         parse(partial_res.get_parser(), [*CHAIN, "--data-root", str(shapes), *flags]), "pseudo"), ranks, out / "pseudo",
         out / "res" / "best.pt", None)
-    (out / "pseudo" / "masks.json").write_text("kept")
+    kept = json.dumps({"meta": {"dataset": "refshapes", "ratio": 50}, "labels": []})
+    (out / "pseudo" / "masks.json").write_text(kept)
     label()
-    assert (out / "pseudo" / "masks.json").read_text() == "kept"
+    assert (out / "pseudo" / "masks.json").read_text() == kept, "of a time when there was no choice of weights and distance"
     os.utime(out / "pseudo" / "masks.json", (0, 0))
     with pytest.raises(UserError, match="was begun with --sigma 8.0"):
         label("--sigma", "1")
     label()
     assert labels(out) == labels(chain[0])
+
+
+def test_how_labels_are_made(chain, shapes, tmp_path, monkeypatch):
+    """Of the weights and with the D that are asked for; a file of others is neither used nor lost; what leaked is told."""
+    out, made = tmp_path / "run", tmp_path / "run" / "pseudo" / "masks.json"
+    shutil.copytree(chain[0], out)
+    state = checkpoint.load(out / "res" / "last.pt")
+    state["model"]["predictor.4.bias"][-1] = 1e4  # the last weights say EOS
+    state["args"]["leaky_init"] = True
+    checkpoint.save(out / "res" / "last.pt", state)
+    os.utime(made)
+    call = lambda *flags, of=out: partial_res.main(  # noqa: E731
+        [*CHAIN, "--eval-splits", "--data-root", str(shapes), "--out", str(of), *flags])
+    elsewhere = ["--pseudo-from", str(made), "--rec-from", str(out / "rec" / "best.pt")]
+    for flags, was in ((["--pseudo-weights", "last"], "averaged"), (["--distance", "parts"], "whole")):
+        for more, of in (["--stage", "pseudo"], out), (elsewhere, tmp_path / "other"):
+            with pytest.raises(UserError, match=f"masks.json was made with {flags[0]} {was}; say the same"):
+                call(*flags, *more, of=of)
+        with pytest.raises(UserError, match=f"retrain was begun with {flags[0]} '{was}'"):
+            partial_res.check_same_run(checkpoint.load(out / "retrain" / "last.pt"), settings(*CHAIN, "--stage", "retrain", *flags),
+                                       out / "retrain")
+    with pytest.raises(UserError, match="made with --direction clockwise"):
+        call("--no-rpp", "--direction", "anticlockwise", *elsewhere, of=tmp_path / "other")
+    assert labels(out) == labels(chain[0]) and not (tmp_path / "other").exists()
+
+    monkeypatch.setattr(partial_res, "projection_loss", lambda mask, box, distance: {"whole": 0.25, "parts": 0.5}[distance])
+    for flag, value, distance in (("--distance", "parts", 0.5), ("--pseudo-weights", "last", 0.25)):
+        made.unlink()
+        call("--stage", "pseudo", flag, value)
+        assert {label["D"] for label in labels(out)} == {distance}
+    assert all(label["points"] == [] for label in labels(out)) and any(label["points"] for label in labels(chain[0]))
+    meta = json.loads(made.read_text())["meta"]
+    assert (meta["pseudo_weights"], meta["distance"], meta["leaky_init"]) == ("last", "whole", True)
+    call(*elsewhere, "--pseudo-weights", "last", "--max-steps", "1", of=tmp_path / "retrained")
+    assert [checkpoint.load(of / "retrain" / "last.pt")["args"]["leaky_init"] for of in (tmp_path / "retrained", out)] == [True, False]
+    (out / "res" / "last.pt").unlink()
+    with pytest.raises(UserError, match="res/last.pt does not exist, which the stage pseudo needs"):
+        call("--stage", "pseudo", "--pseudo-weights", "last")
 
 
 def test_boxes_stand_for_hidden_masks(shapes, tmp_path):
@@ -597,7 +719,8 @@ def test_what_retraining_learns_from(chain, shapes):
 @pytest.mark.parametrize("flags, sentence", [
     (["--dim", "18"], "multiple of 4"), (["--text-dim", "15"], "--text-dim even"), (["--size", "60"], "multiple of 32"),
     (["--rec-from", "{rec}", "--dim", "32"], "made with --dim 16"), (["--out", "{out}", "--lr", "1"], "give the same settings to go on"),
-    (["--rec-from", "{rec}", "--pseudo-from", "{out}/pseudo/masks.json", "--ratio", "10"], "is for refshapes with 50 % of the masks"),
+    (["--rec-from", "{rec}", "--waves", "3"], "made with --waves 2.0"),
+    (["--rec-from", "{rec}", "--pseudo-from", "{out}/pseudo/masks.json", "--ratio", "10"], "was made with --ratio 50; say the same"),
 ])
 def test_bad_input(chain, shapes, tmp_path, flags, sentence):
     out, _ = chain
@@ -615,7 +738,8 @@ def test_bad_input(chain, shapes, tmp_path, flags, sentence):
     (["--jitter", "0.5", "1.5"], "--expressions-per-image 1"), (["--jitter", "1.5", "0.5"], "smallest scale"),
     (["--base", "released", "--weights", "x.pt"], "converted, by --rec-from"), (["--points", "1"], "--points 1: give at least 2"),
     (["--rec-epochs", "0"], "--rec-epochs 0: give at least 1"), (["--heads", "0"], "--heads 0: give at least 1"),
-    (["--sigma", "-8"], "no bandwidth"),
+    (["--sigma", "-8"], "no bandwidth"), (["--pseudo-weights", "last", "--ratio", "100"], "--ratio 100 needs none"),
+    (["--distance", "parts", "--ratio", "100"], "--ratio 100 needs none"), (["--pseudo-weights", "last", "--ema", "0"], "--ema 0 has none"),
 ])
 def test_refused_before_anything_is_trained(shapes, tmp_path, flags, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -8,7 +8,8 @@ writes sentences for images that nobody described, from which the first learns o
     torchrun --nproc_per_node 8 train_mutual.py                  the paper's setting on RefCOCO, all stages
     python train_mutual.py --stage 2 --reuse RUN --reward unambiguity        Table 5 (a) on another run's step 1
     python train_mutual.py --dataset refcoco+ --stage 1 2 generate 3 rb --reuse RUN     RefCOCO+ on another run's proposals
-    python train_mutual.py --dataset refcocog_google --max-words 30 --no-gsup   RefCOCOg's REG (App. A); RES: refcocog_umd
+    python train_mutual.py --dataset refcocog_google --max-words 30 --no-gsup --eval-splits val      RefCOCOg's REG (App. A)
+    python train_mutual.py --dataset refcocog_umd --max-words 30 --eval-splits val test              and its RES
 
 Stages, each in a folder of its own below the run's; a chain goes on from what is there:
   pretrain   the proposal extractor on COCO without RefCOCO's val and test images
@@ -65,12 +66,11 @@ from tqdm import tqdm
 
 from common import captions, checkpoint, data, distributed, metrics, reg, runlog
 from common.backbones import Small, load_weights, read_torch
+from common.coco_ap import average_precision, jitter
 from common.config import UserError, base_parser, parse, run, write_text
-from common.language import Bert
-from common.layers import Attention, normalise
-from common.mask2former import (
-    BACKBONES, Mask2Former, coco_ap, coco_results, criterion, instances, mask_costs, read_detectron_pkl)
-from common.masks import encode
+from common.language import Bert, beam_search
+from common.layers import DecoderLayer, normalise
+from common.mask2former import BACKBONES, Mask2Former, criterion, mask_costs, read_detectron_pkl
 from common.matrix_nms import matrix_nms
 from common.text import WordPiece
 
@@ -395,25 +395,6 @@ def meant_proposals(located, image_of, targets):
     return padded[torch.where(meant >= 0, place, len(located))]
 
 
-class DecoderLayer(nn.Module):
-    """The regular transformer decoder layer, in its two halves; post-norm."""
-
-    def __init__(self, dim, heads, ffn, dropout):
-        super().__init__()
-        self.own, self.cross = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
-        self.feed_forward = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, dim))
-        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3)), nn.Dropout(dropout)
-
-    def among(self, x, keys, mask=None):
-        """Self-attention of x (E,T,C) on keys of its own."""
-        return self.norms[0](x + self.dropout(self.own(x, keys, mask)))
-
-    def ask(self, x, keys, mask=None):
-        """Cross-attention of x (E,T,C) and the feed-forward layer."""
-        x = self.norms[1](x + self.dropout(self.cross(x, keys, mask)))
-        return self.norms[2](x + self.dropout(self.feed_forward(x)))
-
-
 def decoder(args):
     """The layers of a head."""
     return nn.ModuleList(DecoderLayer(args.dim, args.heads, args.ffn, args.dropout) for _ in range(args.head_layers))
@@ -520,34 +501,16 @@ class GenerationHead(nn.Module):
 
     @torch.no_grad()
     def search(self, proposals, image_of, k, beams, max_length):
-        """Beam search for all objects at once: the `beams` likeliest sentences of 1 to `max_length` pieces that it meets.
-
-        log p counts [SEP] and is not divided by the length. Returns, for each object, [(ids, log p)], the best first.
-        """
+        """Beam search for all objects at once, each step on the keys that the earlier ones left: `beam_search`'s lists."""
         if not len(k):
             return []
         memory, caches = self.memory(proposals, image_of, k), [{} for _ in self.layers]
-        ids = torch.full((len(k), 1, 1), self.start, device=k.device)
-        total = torch.zeros(len(k), 1, device=k.device)
-        ended = total > 0
-        pieces = torch.arange(len(self.banned), device=k.device)
-        end, pad = pieces == self.end, pieces == 0
-        for length in range(max_length + 1):
-            log_p = self.decode(ids[..., -1:], length, memory, caches)[:, :, -1].float().log_softmax(-1)   # (E, R, V)
-            banned = self.banned | (~end if length == max_length else end if length == 0 else False)
-            log_p = log_p.masked_fill(banned, -math.inf)
-            log_p = torch.where(ended[..., None], torch.where(pad, 0.0, -math.inf), log_p)  # a whole sentence stays as it is
-            total, best = (total[..., None] + log_p).flatten(1).topk(min(beams, log_p[0].numel()))
-            parent, piece = best // log_p.shape[-1], best % log_p.shape[-1]
-            ids = torch.cat([ids.gather(1, parent[..., None].expand(-1, -1, ids.shape[-1])), piece[..., None]], -1)
-            ended = (piece == self.end) | (piece == 0)
-            if ended.all():
-                break
-            flat = (parent + torch.arange(len(k), device=k.device)[:, None] * log_p.shape[1]).flatten()
-            for cache in caches:
-                cache["keys"] = tuple(keys.index_select(0, flat) for keys in cache["keys"])
-        return [[([i for i in row if i not in (0, self.end)], score) for row, score in zip(rows, scores) if score > -math.inf]
-                for rows, scores in zip(ids[..., 1:].tolist(), total.tolist())]
+
+        def follow(pieces, length, parents):
+            for cache in caches if length else ():
+                cache["keys"] = tuple(keys.index_select(0, parents) for keys in cache["keys"])
+            return self.decode(pieces[..., None], length, memory, caches)[:, :, -1]
+        return beam_search(follow, len(k), self.start, self.end, self.banned, beams, max_length)
 
 
 def build_model(args, vocabulary):
@@ -584,16 +547,6 @@ def make_targets(example, box, stride):
 def targets_of(args):
     """`make_targets` as the settings have it; proposals' masks have a quarter of the canvas, so half of a large one is enough."""
     return partial(make_targets, box=args.input == "box", stride=2 if args.size >= 512 else 1)
-
-
-def jitter(example, low, high):
-    """Large-scale jitter: the Frame of an image scaled by low … high, cropped to the canvas at random where it is larger."""
-    frame, rng = example.frame, example.rng
-    scale = rng.uniform(low, high)
-    sides = [max(1, round(side * scale)) for side in (frame.in_width, frame.in_height)]
-    canvas = (frame.canvas_width, frame.canvas_height)
-    corner = [-round(rng.uniform(0, max(0, side - room))) for side, room in zip(sides, canvas)]
-    return data.Frame(frame.width, frame.height, *sides, *canvas, *corner)
 
 
 def loss_terms(out, targets, text, args):
@@ -865,7 +818,8 @@ def validate(args, ranks, model, vocabulary, val_set):
     itself selects their object) and `reward`, Eq. 6 with `found` for its softmax."""
     stage, scores = args.stage[-1], {}
     if stage == "pretrain":
-        return {"AP": average_precision(args, ranks, model, val_set)}
+        return {"AP": average_precision(model, val_set, ranks, args.eval_batch_size, args.workers, args.amp,
+                                        filled_boxes if args.input == "box" else None)}
     if args.tasks != "reg" and stage != "2":
         rows, _ = metrics.evaluate(model, val_set, ranks, args.eval_batch_size, args.workers, args.amp)
         scores |= {key: metrics.summarise(rows, val_set)[key] for key in ("mIoU", "oIoU")}
@@ -880,34 +834,6 @@ def validate(args, ranks, model, vocabulary, val_set):
             scores["reward"] = (args.reward != "cider") * args.alpha * scores["found"] / 100 \
                 + (args.reward != "unambiguity") * scores["CIDEr"]
     return scores
-
-
-@torch.inference_mode()
-def average_precision(args, ranks, model, dataset):
-    """COCO's mask AP, in percent, of the extractor's instances on `dataset`, in the original frame."""
-    was_training = model.training
-    model.eval()
-    ids = sorted(category["id"] for category in dataset.meta["categories"])
-    mine = distributed.deal(ranks, data.plan_evaluation(dataset, args.eval_batch_size))
-    found = []
-    for batch in tqdm(data.load(dataset, mine, args.workers, pin=ranks.device.type == "cuda"), total=len(mine), unit="batch",
-                      leave=False, desc="AP", disable=None if ranks.main else True):
-        with metrics.autocast(ranks.device, args.amp):
-            features = model.encode_image(batch.to(ranks.device).images)
-        for b, (frame, e) in enumerate(zip(batch.frames, batch.index.tolist())):
-            here = instances(features["classes"][b], features["masks"][b], frame.prob_img)
-            found += coco_results(here, int(dataset.image_ids[dataset.expression_image[e]]), ids)
-    found = [result for share in distributed.gather(ranks, found) for result in share]
-    model.train(was_training)
-    annotations = []
-    for i in (i for i, rle in enumerate(dataset.rles) if rle is not None):
-        mask = dataset.object_mask(i)  # checks the code, which pycocotools would trust
-        rle = encode(filled_boxes(torch.from_numpy(mask)[None])[0].numpy()) if args.input == "box" else dataset.rles[i]
-        annotations.append({"id": len(annotations) + 1, "image_id": int(dataset.image_ids[dataset.object_image[i]]),
-                            "category_id": int(dataset.categories[i]), "segmentation": rle, "area": float(dataset.areas[i]),
-                            "bbox": dataset.boxes[i].tolist(), "iscrowd": int(dataset.crowds[i])})
-    pictures = [{"id": int(i), "width": int(w), "height": int(h)} for i, (w, h) in zip(dataset.image_ids, dataset.sizes)]
-    return coco_ap(found, {"images": pictures, "categories": [{"id": i} for i in ids], "annotations": annotations})
 
 
 # ---- training -----------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Language encoders: a bidirectional GRU over word embeddings, and BERT."""
+"""Language: a bidirectional GRU over word embeddings, BERT, and beam search for what writes."""
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -151,3 +153,33 @@ def hf_names(state):
             name = name.removesuffix(old) + new if name.endswith(old) else name
         renamed[name] = value
     return renamed
+
+
+@torch.no_grad()
+def beam_search(follow, count, start, end, banned, beams, max_length):
+    """The `beams` likeliest sentences of 1 to `max_length` pieces that a beam search meets, for each of `count` things at once.
+
+    follow: (pieces (K,R), length, parents (KR,)) -> logits (K,R,V) of what follows the R pieces at place `length`; its last
+    call's row of each is `parents`, for caches that grow (None at first). Piece 0 is padding; start and end are pieces, too.
+    banned (V,) bool: pieces that no sentence has. log p counts `end` and is not divided by the length. Returns K lists of
+    (ids without start and end, log p), the best first.
+    """
+    device = banned.device
+    ids = torch.full((count, 1, 1), start, device=device)
+    total, parents = torch.zeros(count, 1, device=device), None
+    ended = total > 0
+    pieces = torch.arange(len(banned), device=device)
+    for length in range(max_length + 1):
+        log_p = follow(ids[..., -1], length, parents).float().log_softmax(-1)                      # (K, R, V)
+        now = banned | (pieces != end if length == max_length else pieces == end if length == 0 else False)
+        log_p = log_p.masked_fill(now, -math.inf)
+        log_p = torch.where(ended[..., None], torch.where(pieces == 0, 0.0, -math.inf), log_p)  # a whole sentence stays as it is
+        total, best = (total[..., None] + log_p).flatten(1).topk(min(beams, log_p[0].numel()))
+        parent, piece = best // log_p.shape[-1], best % log_p.shape[-1]
+        ids = torch.cat([ids.gather(1, parent[..., None].expand(-1, -1, ids.shape[-1])), piece[..., None]], -1)
+        ended = (piece == end) | (piece == 0)
+        if ended.all():
+            break
+        parents = (parent + torch.arange(count, device=device)[:, None] * log_p.shape[1]).flatten()
+    return [[([i for i in row if i not in (0, end)], score) for row, score in zip(rows, scores) if score > -math.inf]
+            for rows, scores in zip(ids[..., 1:].tolist(), total.tolist())]

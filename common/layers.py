@@ -1,4 +1,4 @@
-"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth, attention, DETR's encoder layer.
+"""Blocks that no paper claims: convolution with GroupNorm, position encodings, stochastic depth, attention, transformer layers.
 
 GroupNorm (Wu & He, 2018) instead of BatchNorm, so that a sample's result never depends on its batch.
 """
@@ -100,9 +100,10 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
-def feed_forward(dim, dropout):
-    """The pointwise half of a transformer layer, four times as wide inside."""
-    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+def feed_forward(dim, dropout, inner=None):
+    """The pointwise half of a transformer layer, `inner` wide inside, by default four times as wide."""
+    inner = inner or 4 * dim
+    return nn.Sequential(nn.Linear(dim, inner), nn.ReLU(), nn.Dropout(dropout), nn.Linear(inner, dim))
 
 
 class EncoderLayer(nn.Module):
@@ -118,3 +119,22 @@ class EncoderLayer(nn.Module):
         asked = x + position
         x = self.norms[0](x + self.dropout(self.attention(asked, self.attention.keys(asked, x), visible)))
         return self.norms[1](x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """The transformer's (Vaswani et al., 2017), in its two halves, on keys that its caller projects; post-norm. ffn: inner width."""
+
+    def __init__(self, dim, heads, ffn, dropout):
+        super().__init__()
+        self.own, self.cross = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
+        self.feed_forward = feed_forward(dim, dropout, ffn)
+        self.norms, self.dropout = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3)), nn.Dropout(dropout)
+
+    def among(self, x, keys, mask=None):
+        """Self-attention of x (E,T,C) on `own.keys`, those of x and of what came before; mask as in `Attention` -> (E,T,C)."""
+        return self.norms[0](x + self.dropout(self.own(x, keys, mask)))
+
+    def ask(self, x, keys, mask=None):
+        """Cross-attention of x (E,T,C) on `cross.keys`, and the feed-forward half -> (E,T,C)."""
+        x = self.norms[1](x + self.dropout(self.cross(x, keys, mask)))
+        return self.norms[2](x + self.dropout(self.feed_forward(x)))

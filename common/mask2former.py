@@ -14,20 +14,16 @@ import math
 import pickle
 import re
 from collections import OrderedDict
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.swin_transformer import SwinTransformerBlock
 
-from common import masks as rle
 from common.backbones import ResNet, Small, Swin, load_exactly
 from common.config import UserError
 from common.layers import sine_positions
@@ -526,31 +522,6 @@ def instances(logits, masks, resize, top=100):
     inside, mean = torch.cat(inside), torch.cat(mean)
     scores, order = (scores * mean[which]).sort(descending=True, stable=True)
     return {"labels": labels[order], "scores": scores, "masks": inside[which[order]], "queries": queries[order]}
-
-
-def coco_results(found, image_id, category_ids):
-    """What `instances` found, as COCO's result records; category_ids: the corpus' id of each of our classes."""
-    rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["masks"].cpu().numpy())
-    return [{"image_id": image_id, "category_id": category_ids[label], "score": score, "segmentation": rle.encode(mask)}
-            for label, score, mask in rows]
-
-
-def coco_ap(found, truth):
-    """COCO's mask AP, in percent, of the records of `coco_results` for all images of `truth`.
-
-    truth: a dict as in COCO's json: images, categories, and annotations whose segmentations are RLEs that were checked.
-    """
-    if not found:  # pycocotools cannot index an empty list
-        return 0.0
-    with redirect_stdout(io.StringIO()):
-        corpus = COCO()
-        corpus.dataset = truth
-        corpus.createIndex()
-        evaluation = COCOeval(corpus, corpus.loadRes(found), "segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return round(100 * float(evaluation.stats[0]), 4)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from transformers.models.mask2former import modeling_mask2former as peer
 
 from common import mask2former
 from common.backbones import Small
+from common.coco_ap import coco_results
 from common.config import UserError
-from common.mask2former import (
-    Mask2Former, NormedSwin, coco_results, criterion, instances, mask_costs, match, read_detectron_pkl)
+from common.mask2former import Mask2Former, NormedSwin, criterion, instances, mask_costs, match, read_detectron_pkl
 from common.masks import decode
 
 # transformers' names -> Facebook's, the table of its conversion script turned round

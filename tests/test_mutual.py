@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import train_mutual as mutual
-from common import captions, checkpoint, data, distributed, metrics
+from common import captions, checkpoint, coco_ap, data, distributed, metrics
 from common.config import UserError, parse
 from common.text import SPECIAL, WordPiece
 from data_prep import coco
@@ -311,7 +311,6 @@ def test_targets(root):
 
 def test_average_precision_of_the_truth(root):
     path = root / "cocoshapes" / "val.json"
-    args = mutual.of_stage(parse(mutual.get_parser(), [*TINY, "--size", "128"]), "pretrain")
     dataset = mutual.labelled(data.RefDataset(path, lambda text: [1], data.Canvas(128), prepared=mutual.wordless(path)), 9)
 
     class Oracle(torch.nn.Module):
@@ -327,12 +326,14 @@ def test_average_precision_of_the_truth(root):
                     classes[b, n, dataset.labels[i]] = 9
             return {"masks": masks, "classes": classes}
 
-    assert mutual.average_precision(args, ALONE, Oracle(), dataset) > 90 and mutual.coco_ap([], {}) == 0
+    assert coco_ap.average_precision(Oracle(), dataset, ALONE) > 90 and coco_ap.coco_ap([], {}) == 0
+    Oracle.images = iter(range(len(dataset.image_ids)))
+    assert coco_ap.average_precision(Oracle(), dataset, ALONE, region=mutual.filled_boxes) < 80  # masks are no boxes
     damaged = [{**rle, "counts": "0"} for rle in dataset.rles]  # pycocotools would read what no pixel stands in
     dataset.checked.clear()
     Oracle.images = iter(range(len(dataset.image_ids)))
     with pytest.raises(UserError, match="val.json, object"):
-        mutual.average_precision(args, ALONE, Oracle(), dataset.view(rles=damaged))
+        coco_ap.average_precision(Oracle(), dataset.view(rles=damaged), ALONE)
 
 
 @pytest.mark.parametrize("flags", ["--min-area 0", "--min-area 500", "--min-area 500 --pseudo-filter random"])

@@ -35,7 +35,7 @@ Where the paper is silent
   dropout    off in stage 2: the policy that is rewarded is the one that is used.
   E2E        without it the heads read O without a gradient, so that the extractor learns from its own loss alone.
   indicator  without it the generation head sees O_k alone (Sec. 3.2).
-  pseudo     the weight acts on L_sel; the generation head does not learn from its own sentences. Masks of the pool are real.
+  pseudo     the weight acts on L_sel; the generation head does not read its own sentences again. Masks of the pool are real.
              Both losses are divided by their mean weight, or the pool's images would weaken them against L_mask2former.
              `--pseudo-filter random` keeps as many instances as the area would.
   step 3     "retrains the network": `--retrain-from pretrain` begins with the pre-trained extractor, as step 1 does, `1` with
@@ -693,11 +693,6 @@ def real_and_generated(train, pool, generated, args):
          "source": "generated"} for n, (ref_id, i, text) in enumerate(said)]
 
 
-def read_generated(folder):
-    """{object id: [sentence, …]} of the shards in a finished `generate` folder."""
-    return {o["object"]: [said["text"] for said in o["sentences"]] for line in read_shards(folder) for o in line["objects"]}
-
-
 def read_shards(folder):
     """The lines of all `rank*.jsonl`, one for each image; what a kill cut short is left out."""
     lines = {}
@@ -731,7 +726,8 @@ def stage_data(args, vocabulary, origin):
         seen["augment"] = partial(jitter, low=args.jitter[0], high=args.jitter[1])
     else:
         if stage == "3":
-            generated = read_generated(origin["generate"].parent)
+            generated = {of_one["object"]: [said["text"] for said in of_one["sentences"]]
+                         for line in read_shards(origin["generate"].parent) for of_one in line["objects"]}
             train_set = with_pool(args, partial(real_and_generated, generated=generated, args=args))
         else:
             prepared = data.load_prepared(train_path)

@@ -1,10 +1,12 @@
 """Mutual supervision: each equation against its plain form, each stage and flag, beam search, and the edges of matching."""
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import train_mutual as mutual
 from common import captions, checkpoint, coco_ap, data, distributed, metrics
 from common.config import UserError, parse
@@ -461,6 +464,34 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
     shutil.rmtree(tmp_path / "other")
     mutual.main([*flags[:-1], str(tmp_path / "other"), "--reuse", str(out), "--stage", "2", "--reward", "unambiguity"])
     assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["2"]
+
+
+def test_stages_are_scored_where_that_is_not_done(tmp_path, monkeypatch):
+    """By the listener of --reuse where the run has none, under its name; again when listener or stage are newer than the scores."""
+    run, listener, calls = tmp_path / "run", tmp_path / "other" / "rb" / "best.pt", []
+    for path in (run / "1" / "best.pt", run / "2" / "best.pt", listener):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    suffix = {"res": "", "reg": f"_reg_listener-{'_'.join(tmp_path.parts[-2:])}_other_rb_best"}
+
+    def evaluate(argv, _):
+        flags = parse(evaluation.get_parser(), argv)
+        assert flags.listener == (str(listener) if flags.task == "reg" else "")
+        calls.append((flags.run[-1], flags.task))
+        file = Path(flags.run) / "eval" / f"refshapes_val{suffix[flags.task]}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"split": "val", "CIDEr": 0.5}))
+    monkeypatch.setattr(evaluation, "main", evaluate)
+    args = parse(mutual.get_parser(), [*TINY, "val", "--reuse", str(tmp_path / "other")])
+    for touched, expected in ((None, [("1", "res"), ("1", "reg"), ("2", "reg")]), (None, []),
+                              (listener, [("1", "reg"), ("2", "reg")]), (run / "2" / "best.pt", [("2", "reg")])):
+        if touched:
+            os.utime(touched, (10 ** 10,) * 2)
+        calls.clear()
+        mutual.evaluate_stages(args, ALONE, run)
+        assert calls == expected
+        if touched:
+            os.utime(touched, (0, 0))
 
 
 @pytest.mark.parametrize("flags, stages", [

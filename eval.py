@@ -349,7 +349,10 @@ class Comparison:
     def __init__(self, run_folder, argv, ranks):
         known, _ = get_parser().parse_known_args([*argv, "--run", run_folder, "--checkpoint", ""])
         self.path, self.name, self.ranks = find_checkpoint(known, False), run_folder, ranks
-        self.script, self.args, self.settings, *self.rest = load_run(self.path, ranks.device, argv)
+        try:
+            self.script, self.args, self.settings, *self.rest = load_run(self.path, ranks.device, argv)
+        except UserError as error:  # a flag, say, that the other run's script does not have
+            raise UserError(f"--compare {run_folder}: {error}") from None
         self.sets, self.values, self.sentences = {}, {}, []
 
     def compare(self, path, summary, rows, dataset, suffix):

@@ -58,6 +58,10 @@ def test_what_cannot_be_compared(runs, capsys):
     with pytest.raises(UserError, match="does not exist"):
         evaluation.main([*words, str(runs / "nowhere")])
     rows = runs / "s1" / "eval" / "refshapes_val.jsonl"
+    (runs / "damaged").mkdir()
+    (runs / "damaged/best.pt").write_text("no weights")
+    with pytest.raises(UserError, match=f"--compare {runs}/damaged: "):
+        evaluation.main([*words, str(runs / "damaged")])
     evaluation.main([*words, str(runs / "s1")])
     rows.write_text(rows.read_text().replace('"area": ', '"area": 1', 1))  # the object is another one
     with pytest.raises(UserError, match="scored on other sentences or masks of refshapes val; remove"):

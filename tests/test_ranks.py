@@ -18,9 +18,14 @@ from tests.test_faults import assert_unharmed
 
 UNEVEN = ["--batch-size", "5", "--expressions-per-image", "all", "--max-steps", "1", "--clip", "0"]  # 2 images and 3
 PRETRAIN = ["--stage", "pretrain", "--pretrain-batch-size", "5", "--pretrain-steps", "1"]
+DSUP = ["--stage", "2", "--dsup-batch-size", "5", "--dsup-steps", "1", "--reuse", "{run}"]
+FROM_BOXES = ["--rec-from", "{run}/rec/best.pt"]
+GSUP = ["--stage", "3", "--reuse", "{run}", "--seed", "5"]  # both ranks' shares have real and generated sentences
+RETRAIN = ["--stage", "retrain", "--pseudo-from", "{run}/pseudo/masks.json", *FROM_BOXES]
 STEPS = [("train_lts", []), ("train_pks", []), ("train_pks", ["--weak"]), ("train_tseg", []), ("train_tseg", ["--full"]),
-         ("train_seqtr_partial", ["--stage", "rec"]), ("train_mutual", PRETRAIN),
-         ("train_mutual", ["--stage", "1", "--reuse", "{run}"])]
+         ("train_seqtr_partial", ["--stage", "rec"]), ("train_seqtr_partial", ["--stage", "res", *FROM_BOXES]),
+         ("train_seqtr_partial", RETRAIN), ("train_mutual", PRETRAIN), ("train_mutual", ["--stage", "1", "--reuse", "{run}"]),
+         ("train_mutual", DSUP), ("train_mutual", GSUP)]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -39,6 +40,7 @@ MOMENTS = {  # what a process is about to do, and the call that does it
     "data making": "data_prep.refshapes:make_scene", "a step": "common.runlog:Log.step",
     "saving, not yet on the disk": "os:fsync", "saving, not yet in place": "os:replace", "evaluating": "common.metrics:areas",
     "between stages": "common.runlog:open_folder", "the last evaluation": "eval:main"}
+IDLE, ENDLESS = 120, 600  # seconds without work, of work, after which a process hangs: on a busy machine all take their time
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "eval", *SCRIPTS])
 
@@ -152,11 +154,15 @@ class Running:
     def __init__(self, processes, log):
         self.processes, self.log = processes, log
 
-    def wait(self, timeout=120):
-        """The exit status of every rank, as a list; all of them are ended when one does not come to an end in time."""
-        for process in self.processes:
-            process.join(timeout)
-        late = [process for process in self.processes if process.exitcode is None]
+    def wait(self):
+        """The exit status of every rank, as a list; those left are ended when they do no more work, or work without end."""
+        before, since, late = 0.0, time.monotonic(), list(self.processes)
+        while late and time.monotonic() - since < IDLE and before < ENDLESS:
+            multiprocessing.connection.wait([process.sentinel for process in late], 5)
+            late = [process for process in late if process.exitcode is None]
+            done = sum(_work(process.pid) for process in late)
+            if abs(done - before) > 0.05:  # what a waiting process wakes up for takes less
+                before, since = done, time.monotonic()
         for process in late:
             process.kill()
             process.join()
@@ -168,6 +174,16 @@ class Running:
         """Everything printed so far."""
         return "".join(Path(f"{self.log}{rank}").read_text() for rank in range(len(self.processes))
                        if Path(f"{self.log}{rank}").exists())
+
+
+def _work(pid):
+    """Processor seconds of a process and of those that it has started."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        started = [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    except OSError:  # it has ended
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(map(_work, started))
 
 
 def start(program, argv, log, ranks=1, hurt=(), hurt_rank=None, cwd=REPOSITORY):

@@ -743,8 +743,8 @@ def stage_data(args, vocabulary, origin):
 
 def made_with(args, checkpoint):
     """What the pool's sentences depend on, kept beside them as made.json; checkpoint: the describer's digest."""
-    return {"checkpoint": checkpoint, "expressions": args.expressions, "beams": max(args.beams, args.expressions),
-            "max_words": args.max_words, "size": args.size, "input": args.input, "described": args.described, "seed": args.seed}
+    own = ("dataset", "coco", "expressions", "max_words", "size", "input", "described", "seed")
+    return {"checkpoint": checkpoint, "beams": max(args.beams, args.expressions), **{name: getattr(args, name) for name in own}}
 
 
 def check_sentences(folder, made):
@@ -1109,7 +1109,8 @@ def run_stage(args, ranks, folder, origin):
         made = made_with(args, begun["describer"])
         check_sentences(folder, made)
     elif stage == "3":
-        check_sentences(origin["generate"].parent, {"expressions": args.expressions, "described": args.described})
+        check_sentences(origin["generate"].parent, {name: getattr(args, name) for name in
+                                                    ("dataset", "coco", "expressions", "described")})
     if state:
         check_same_run(state, args, folder)
         other = next((name for name, value in state["begun"].items() if begun.get(name) != value), None)

@@ -446,8 +446,9 @@ def test_chain_resumes_between_its_stages(root, tmp_path, capsys):
                            ("--no-dsup", "checkpoint [0-9a-f]{12} instead of")):
             with pytest.raises(UserError, match=f"holds sentences made with {what}"):
                 mutual.main([*flags, "--stage", "generate", *more.split()])
-    with pytest.raises(UserError, match="expressions 3 instead of 4"):
-        mutual.main([*flags[:-1], str(tmp_path / "five"), "--reuse", str(out), "--stage", "3", "--expressions", "4"])
+    for more, what in (("--expressions 4", "expressions 3 instead of 4"), ("--dataset refshapes+", "dataset refshapes instead of")):
+        with pytest.raises(UserError, match=what):
+            mutual.main([*flags[:-1], str(tmp_path / "five"), "--reuse", str(out), "--stage", "3", *more.split()])
 
     # step 3 on top of step 1
     args = mutual.of_stage(parse(mutual.get_parser(), [*flags, "--retrain-from", "1"]), "3")

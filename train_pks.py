@@ -169,6 +169,7 @@ def frontend(args, vocabulary):
 
 STRIDES = (4, 8, 16, 32, 64)
 PRIOR = 0.01  # what a heat map says at first, so that the many empty cells do not drown the first steps (RetinaNet)
+CACHE = 2 ** 23  # bytes of fused maps that evaluation on a processor works on at a time
 
 
 class SmallFPN(nn.Module):
@@ -240,11 +241,22 @@ class PKS(nn.Module):
         `attention` (E,levels,J,L) or None; with a kernel head its `kernels` and `mask` as in `encode_image`, else
         `mask` logits (E,h,w)."""
         states, known = self.language(text)
-        heats, fused, attention = self.position_head(features["fusion"], image_of, states, known)
-        out = {"heats": heats, "attention": attention, "strides": self.strides}
+        # without gradients a processor takes few sentences at a time, whose maps fit its caches: those of all do not
+        largest = max(seen[1][0].nbytes for seen in features["fusion"])
+        share = len(text) if torch.is_grad_enabled() or text.device.type != "cpu" else max(1, CACHE // largest)
+        heats, attention, masks = zip(*(self.locate(features, *of) for of in zip(
+            image_of.split(share), states.split(share), known.split(share))))
+        out = {"heats": [torch.cat(level) for level in zip(*heats)], "strides": self.strides,
+               "attention": None if attention[0] is None else torch.cat(attention)}
         if self.kernel:
             return out | {"kernels": features["kernels"], "mask": features["mask"]}
-        return out | {"mask": self.read(self.decoder(dict(zip(self.strides, fused)))).squeeze(1)}
+        return out | {"mask": torch.cat(masks)}
+
+    def locate(self, features, image_of, states, known):
+        """`decode` of encoded sentences, states (E,L,T), known (E,L): heats, attention and, without a kernel head, mask logits."""
+        heats, fused, attention = self.position_head(features["fusion"], image_of, states, known)
+        mask = None if self.kernel else self.read(self.decoder(dict(zip(self.strides, fused)))).squeeze(1)
+        return heats, attention, mask
 
     def segment(self, features, image_of, text, targets=None):
         """features from `encode_image`, image_of (E,), text (E,L) -> prob (E,H/4,W/4) in the input's frame, its

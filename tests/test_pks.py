@@ -56,8 +56,9 @@ def step(args, model, of=None):
 
 
 @pytest.mark.parametrize("flags", ROWS, ids=" ".join)
-def test_every_row_trains_and_segments(flags):
-    """Every parameter gets a gradient in every ablation, and the output is what evaluation expects."""
+def test_every_row_trains_and_segments(monkeypatch, flags):
+    """Every parameter gets a gradient in every ablation, and the output is what evaluation expects, all sentences together or one
+    at a time."""
     args, model = build(*flags)
     terms = step(args, model)
     assert all(torch.isfinite(term) for term in terms.values()) and set(terms) >= {"pos", "seg"}
@@ -69,6 +70,11 @@ def test_every_row_trains_and_segments(flags):
     assert list(out["heat"]) == [f"level{i}" for i in train_pks.parse_levels(args.levels)] and len(out["score"]) == 3
     if args.fusion == "msf":
         assert out["word_attention"].shape == (3, args.steps, 4) and (out["word_attention"][1, :, 1:] == 0).all()
+    monkeypatch.setattr(train_pks, "CACHE", 1)
+    with torch.no_grad():
+        alone = model.segment(model.encode_image(images), image_of, text)
+    for name, value in {"prob": out["prob"], "score": out["score"], **out["heat"]}.items():
+        assert torch.allclose(alone["heat"].get(name, alone.get(name)), value, atol=1e-5), name
 
 
 def test_rows_differ():

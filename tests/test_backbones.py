@@ -1,4 +1,5 @@
 """Backbones against timm and torchvision with copied random weights, and the readers of published formats."""
+import copy
 from functools import partial
 
 import numpy as np
@@ -111,6 +112,20 @@ def test_frozen_batchnorm_stays_frozen():
     thawed = backbones.ResNet(18, frozen_bn=False).train()
     thawed(torch.randn(2, 3, 64, 64))
     assert thawed.bn1.num_batches_tracked == 1
+
+
+def test_frozen_batchnorm_computes_the_same_and_keeps_less():
+    plain, x = shake(nn.BatchNorm2d(8)).requires_grad_(False), torch.randn(2, 8, 5, 7)
+    kept, results = [], []
+    for norm in (plain, backbones.freeze_batchnorm(copy.deepcopy(plain))):
+        sizes, leaf = [], x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            out = norm(leaf)
+        kept.append(max(sizes))
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for theirs, ours in zip(*results):
+        same(ours, theirs, 1e-6)
+    assert kept == [x.numel(), 8]
 
 
 def test_pyramid():

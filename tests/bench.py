@@ -446,6 +446,27 @@ def loader_against_darknet(toy=False):
     return {"ratio": eaten / (fed / len(plan)), "images/s": 8 * len(plan) / fed, "Darknet's images/s": 8 / eaten}
 
 
+@row(goal=1)
+def memory_pks(toy=False):
+    """the 32 GB of a card of PKS' paper against its share of a step in float32, eight images of 1333x800 with a sentence each: what
+    forward, losses and backward pass of one and of two take on the processor, extrapolated, with parameters and momentum"""
+    script, model, size, _ = build("pks", toy, [])
+    args = parse(script.get_parser(), [*METHODS["pks"][2], "--size", "256"] if toy else [], own_yaml=script.YAML)
+    frame, model = script.frontend(args, Vocabulary(["man"]))[1].frame(1333, 800), model.train()
+
+    def step(count):
+        targets = {"mask": frame.masks_in(np.ones((count, frame.height, frame.width), bool), 4),
+                   "cells": script.cells_round(np.full((count, 2), 32.0), frame)}
+        out = model(torch.rand(count, 3, frame.canvas_height, frame.canvas_width), torch.arange(count), torch.randint(6, size, (count, 8)))
+        sum(script.loss_terms(out, targets, args).values()).backward()
+        model.zero_grad()
+    step(1)
+    one, two = (peak(partial(step, count)) for count in (1, 2))
+    lasting = 2 * sum(p.nbytes for p in model.parameters()) / 2 ** 20
+    eight = (lasting + one + 7 * (two - one)) / 1024
+    return {"ratio": 32e9 / 2 ** 30 / eight, "GiB": eight, "GiB one": one / 1024, "GiB two": two / 1024}
+
+
 @row()
 def corpus_of_refcoco_size(toy=False):
     """opening 120,000 sentences, 17,000 images and 42,000 objects, against the bare json.load of the same file"""

@@ -451,7 +451,7 @@ def write_report(args, path, script, settings, model, device, scored, other=None
                 args, script, settings, model, device, dataset, chosen, other)
     records = runlog.read_log(path.parent)
     losses = [name for name in (records[0] if records else {}) if name not in
-              ("step", "epoch", "seconds", "lr", "grad", "GB")]
+              ("step", "epoch", "seconds", "lr", "grad", "waiting", "GB")]
     curves = {
         "Training losses": {"x": "step", "y": "loss", "log": True, "series": {
             name: [(r["step"], r[name]) for r in records if name in r] for name in losses}},
@@ -460,6 +460,8 @@ def write_report(args, path, script, settings, model, device, scored, other=None
         "Validation, sentences": {"x": "step", "y": "CIDEr-D", "series": {
             "CIDEr": [(r["step"], r["val_CIDEr"]) for r in records if "val_CIDEr" in r]}},
         "Learning rate": {"x": "step", "y": "lr", "series": {"lr": [(r["step"], r["lr"]) for r in records if "lr" in r]}},
+        "Waiting for data": {"x": "step", "y": "share of the steps", "series": {
+            "waiting": [(r["step"], r["waiting"]) for r in records if "waiting" in r]}},
     }
     for curve in curves.values():  # a method logs what it has: no line, and no legend, for the rest
         curve["series"] = {name: points for name, points in curve["series"].items() if points}

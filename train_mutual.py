@@ -926,7 +926,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, beg
                 count = lambda name: len(keys) if name == "m2f" else sentences * weigh.get(name, 1.0)  # noqa: E731
                 sums, shown = {}, {}
                 for micro in range(args.accum):
-                    batch = next(loaded).to(ranks.device)
+                    batch = log.fetch(loaded).to(ranks.device)
                     sync = micro == args.accum - 1 or ranks.world == 1
                     with nullcontext() if sync else wrapped.no_sync():
                         with metrics.autocast(ranks.device, args.amp):
@@ -957,7 +957,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, beg
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 numbers = lambda: {"loss": sum(losses.values()), **losses, **shown, "lr": rate,  # noqa: E731
-                                   "grad": norm, "GB": runlog.memory(ranks.device)}
+                                   "grad": norm, "waiting": log.waiting(), "GB": runlog.memory(ranks.device)}
                 log.step(numbers)
                 if step % args.log_every == 0 or step == steps:
                     log.write({"step": step, "epoch": epoch, "seconds": log.seconds(), **numbers()})

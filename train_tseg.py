@@ -500,7 +500,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, idf
                     group["lr"] = rate
                 sums = {}
                 for micro in range(args.accum):
-                    batch = next(loaded).to(ranks.device)
+                    batch = log.fetch(loaded).to(ranks.device)
                     sync = micro == args.accum - 1 or ranks.world == 1
                     with nullcontext() if sync else wrapped.no_sync():
                         with metrics.autocast(ranks.device, args.amp):
@@ -526,7 +526,7 @@ def train(args, ranks, folder, state, model, vocabulary, train_set, val_set, idf
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 numbers = lambda: {"loss": sum(losses.values()), **losses, "lr": rate,  # noqa: E731
-                                   "grad": norm, "GB": runlog.memory(ranks.device)}
+                                   "grad": norm, "waiting": log.waiting(), "GB": runlog.memory(ranks.device)}
                 log.step(numbers)
                 if step % args.log_every == 0 or step == steps:
                     log.write({"step": step, "epoch": epoch, "seconds": log.seconds(), **numbers()})

@@ -201,7 +201,7 @@ def see(root, run, command):
     seen |= trained
     logs = sorted(path.parent for path in (run / command.stage).rglob("log.jsonl"))
     seen["loss"] = [{key: value for key, value in runlog.read_log(log)[0].items()
-                     if key not in ("step", "epoch", "seconds", "lr", "GB")} for log in logs]
+                     if key not in ("step", "epoch", "seconds", "lr", "waiting", "GB")} for log in logs]
     files = sorted((run / command.stage).rglob("eval/*.json"))
     seen["eval"] = [tables.flat(json.loads(file.read_text(encoding="utf-8"))) for file in files]
     return seen

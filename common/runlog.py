@@ -80,6 +80,7 @@ class Log:
         self.path = Path(folder) / "log.jsonl"
         self.total, self.done, self.first = total, done, done
         self.started = self.shown = time.monotonic()
+        self.begun, self.waited, self.worked = None, 0.0, 0.0
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) \
             if main and sys.stderr.isatty() else None
 
@@ -96,8 +97,21 @@ class Log:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def fetch(self, batches):
+        """The next of `batches`; a step begins with its first one, and what the loader makes it wait for it counts."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        self.begun = self.begun or asked
+        return batch
+
+    def waiting(self):
+        """Share of the steps since the log's last line that went by in waiting for data, 0..1."""
+        return self.waited / max(self.worked, 1e-9)
+
     def write(self, record):
         """Append one JSON line. Raises UserError when the disk is full."""
+        self.waited = self.worked = 0.0
         if self.main:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
@@ -113,6 +127,7 @@ class Log:
         """Count one optimiser step; `numbers` is {name: float} for the bar or the plain line, evaluated lazily."""
         self.done += 1
         now = time.monotonic()
+        self.worked, self.begun = self.worked + now - (self.begun or now), None
         if self.bar:
             self.bar.update()
             if now - self.shown > 0.5:

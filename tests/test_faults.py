@@ -29,7 +29,7 @@ def content(run):
             found[name]["random"] = [rank["torch"] for rank in state.get("random", [])]  # nothing draws from python's own
         elif path.name == "log.jsonl":
             records = map(json.loads, path.read_text().splitlines())
-            found[name] = [{key: value for key, value in record.items() if key not in ("seconds", "GB")} for record in records]
+            found[name] = [{key: value for key, value in record.items() if key not in ("seconds", "waiting", "GB")} for record in records]
         elif path.suffix == ".jsonl" or path.name == "masks.json":
             found[name] = path.read_text()
     return found

@@ -448,12 +448,11 @@ def build_model(args, vocabulary):
 
 def make_targets(example):
     """In a loader worker: the share of each stride-4 cell that the mask covers (E,h,w), and the centre's `cells`."""
-    centres = np.full((len(example.masks), 2), np.nan)
-    for n, mask in enumerate(example.masks):
-        if mask.any():
-            centres[n] = [axis.mean() + 0.5 for axis in np.nonzero(mask)[::-1]]
-    frame = example.frame
-    return {"mask": frame.masks_in(example.masks, 4), "cells": cells_round(frame.points_in(centres), frame)}
+    frame, own = example.frame, example.mask_of
+    columns, rows = (example.meant.sum(axis) for axis in (1, 2))                             # (U, W), (U, H) pixels
+    with np.errstate(invalid="ignore"):  # an empty mask has no centre
+        centres = np.stack([(line @ np.arange(line.shape[1])) / line.sum(1) for line in (columns, rows)], 1) + 0.5
+    return {"mask": frame.masks_in(example.meant, 4)[own], "cells": cells_round(frame.points_in(centres[own]), frame)}
 
 
 def make_weak_targets(example, clicked, data_root, labels):

@@ -322,8 +322,8 @@ def make_targets(example, args, widest):
     inside |= ~inside.any()  # an image of less than half a patch
     targets = {"inside": inside.expand(count, -1).contiguous()}
     if args.full or args.pretrain:
-        masks = boxes_of(example) if args.pretrain else example.masks
-        return targets | {"mask": frame.masks_in(masks)}
+        masks = frame.masks_in(boxes_of(example)) if args.pretrain else frame.masks_in(example.meant)[example.mask_of]
+        return targets | {"mask": masks}
     string = lambda e: string_number(swap_left_right(dataset.texts[e]) if frame.flipped else dataset.texts[e])  # noqa: E731
     known = [string(e) for e in dataset.of_image[example.image]]
     known += known[:1] * (widest - len(known))

@@ -10,6 +10,7 @@ Order and augmentation are pure functions of (seed, epoch, index): no worker hol
 stops anywhere resumes with the very batches that it would have seen.
 """
 import copy
+import functools
 import importlib
 import json
 import os
@@ -95,7 +96,9 @@ class Frame:
         """(E,H,W) masks -> (E,canvas/stride,canvas/stride) float in 0..1: the share of each cell that the mask covers."""
         rows = _coverage(self.height, self.in_height, self.top, self.canvas_height // stride, stride, False)
         columns = _coverage(self.width, self.in_width, self.left, self.canvas_width // stride, stride, self.flipped)
-        return rows @ torch.from_numpy(np.asarray(masks, np.float32)) @ columns.T  # numpy turns bool to float faster than torch
+        shares = torch.from_numpy(np.asarray(masks, np.float32))  # numpy turns bool to float faster than torch
+        shares = shares if rows is None else rows @ shares
+        return shares if columns is None else shares @ columns.T
 
     def prob_img(self, prob):
         """(E,h,w) map over the whole canvas, at any stride -> (E,H,W) over the image, bilinear between cell centres."""
@@ -116,8 +119,11 @@ def _overlap(start, length, limit):
     return slice(first, max(first, last)), slice(first - start, max(first, last) - start)
 
 
+@functools.lru_cache(maxsize=256)  # a corpus has few sizes; where a random scale makes many, the eldest go
 def _coverage(size, in_size, start, cells, stride, flipped):
-    """(cells, size) matrix: the share of each canvas cell that each image pixel covers, along one axis."""
+    """(cells, size) matrix: the share of each canvas cell that each image pixel covers, along one axis; None for the identity."""
+    if (size, start, stride, flipped) == (in_size, 0, 1, False) and cells == size:
+        return None
     edges = np.arange(size + 1) * in_size / size
     edges = (in_size - edges if flipped else edges) + start
     low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])

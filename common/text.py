@@ -64,6 +64,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 _CJK = re.compile("([\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
                   "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f])")
+_ASCII_WORDS = re.compile(r"[a-z0-9]+|[!-/:-@\[-`{-~]")
+_ASCII_CONTROLS = dict.fromkeys({*range(32), 127} - set(b"\t\n\r"))  # str.translate leaves them out
 _GLUED = re.compile(r"(?<=\w) (['’-]) (?=\w)")
 
 
@@ -163,13 +165,13 @@ def _lines(path):
 
 def _basic_words(text):
     """BERT's basic tokenizer: clean lower-case words, each punctuation mark and CJK character a word of its own."""
-    if not text.isascii():
-        text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or not _is_control(c))
-        text = _CJK.sub(r" \1 ", text)
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        text = "".join(c.lower() for c in text)  # letter by letter: str.lower() alone writes a final sigma otherwise
-    else:
-        text = "".join(c for c in text if c in "\t\n\r" or not _is_control(c)).lower()
+    if text.isascii():  # the same, several times as fast
+        yield from _ASCII_WORDS.findall(text.translate(_ASCII_CONTROLS).lower())
+        return
+    text = "".join(" " if c.isspace() else c for c in text if c in "\t\n\r" or not _is_control(c))
+    text = _CJK.sub(r" \1 ", text)
+    text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    text = "".join(c.lower() for c in text)  # letter by letter: str.lower() alone writes a final sigma otherwise
     for word in text.split():
         start = 0
         for i, c in enumerate(word):

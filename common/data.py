@@ -103,9 +103,10 @@ class Frame:
     def prob_img(self, prob):
         """(E,h,w) map over the whole canvas, at any stride -> (E,H,W) over the image, bilinear between cell centres."""
         h, w = prob.shape[-2:]
-        rows = _bilinear(self.height, self.in_height, self.top, h, self.canvas_height, False).to(prob)
-        columns = _bilinear(self.width, self.in_width, self.left, w, self.canvas_width, self.flipped).to(prob)
-        return rows @ prob @ columns.T
+        rows = _bilinear(self.height, self.in_height, self.top, h, self.canvas_height, False)
+        columns = _bilinear(self.width, self.in_width, self.left, w, self.canvas_width, self.flipped)
+        prob = prob[..., rows, :] if isinstance(rows, slice) else rows.to(prob) @ prob
+        return prob[..., columns] if isinstance(columns, slice) else prob @ columns.to(prob).T
 
 
 def _lib(array):
@@ -131,8 +132,12 @@ def _coverage(size, in_size, start, cells, stride, flipped):
     return torch.from_numpy(((np.minimum(high, cell + stride) - np.maximum(low, cell)).clip(0) / stride).astype(np.float32))
 
 
+@functools.lru_cache(maxsize=16)
 def _bilinear(size, in_size, start, cells, canvas, flipped):
-    """(size, cells) matrix that reads a row of `cells` values at the centres of the image's pixels, along one axis."""
+    """(size, cells) matrix that reads a row of `cells` values at the centres of the image's pixels, along one axis; or their
+    slice, where each of these is the centre of a cell."""
+    if (in_size, canvas, flipped) == (size, cells, False) and 0 <= start <= cells - size:
+        return slice(start, start + size)
     x = (torch.arange(size, dtype=torch.float64) + 0.5) * in_size / size
     x = (in_size - x if flipped else x) + start
     scale = cells / canvas

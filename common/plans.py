@@ -186,9 +186,9 @@ class Plan:
             if self.table.scoring(row, job.dataset) is None and column.on == job.dataset:
                 folder, name = self.run_folder(job) / row.stage, f"{job.dataset}_{column.split}"
                 names = [f"{name}{suffix}.json" for suffix in ("_reg", "_reg_listener-*", "")]
-                stages = [] if row.stage else [path for of in names for path in folder.glob(f"*/eval/{of}")]
-                own = [path for of in names for path in folder.glob(f"eval/{of}")]
-                files = sorted(stages, key=lambda path: path.stat().st_mtime) + own
+                order = [] if row.stage else stages_of(self.table.script_path())  # of two stages the later one's score counts
+                stages = [path for stage in order for of in names for path in folder.glob(f"{stage}/eval/{of}")]
+                files = stages + [path for of in names for path in folder.glob(f"eval/{of}")]
             else:
                 files = said
             key, numbers = f"{column.on} {column.split}", {}
@@ -216,6 +216,12 @@ def row_facts(folder):
         return json.loads((Path(folder) / "row.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def stages_of(script):
+    """The stages that a script names in its `STAGES`, in their order; none where it has none."""
+    found = re.search(r"^STAGES = \((.*?)\)", script.read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(r'"([^"]+)"', found[1]) if found else []
 
 
 def settings_files(script, words):

@@ -1,4 +1,5 @@
 """The runner of tables: rows that train, score, fail, are interrupted and go on; its tables; its check of the rows' flags."""
+import json
 import os
 import re
 import signal
@@ -264,6 +265,19 @@ def test_the_score_of_another_rows_stage_needs_no_command(write, tmp_path):
     found = results_of(path)
     assert [found["late", "corpus", seed]["scores"]["corpus val"]["mIoU"] for seed in (0, 1)] == [70, 71]
     assert found["late", "corpus", 0]["commands"] == []
+
+
+def test_of_two_stages_the_later_ones_score_counts(write, tmp_path, monkeypatch):
+    path, job = write(), Job("full", "corpus", 0)
+    (tmp_path / "train_fake.py").write_text('STAGES = ("one", "two")')
+    monkeypatch.chdir(tmp_path)
+    plan = Plan(tables.load_table(path), get_parser().parse_args([str(path)]))
+    for moment, (stage, value) in enumerate([("two", 2.0), ("one", 1.0)]):  # which was written last says nothing
+        file = plan.folder(job) / stage / "eval" / "corpus_val.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"dataset": "corpus", "split": "val", "mIoU": value, "pointing": {"H": value}}))
+        os.utime(file, (moment, moment))
+    assert plan.scores(job, [])["corpus val"]["mIoU"] == 2.0
 
 
 def test_dry_run_prints_the_commands(write, tmp_path):

@@ -214,6 +214,7 @@ def finish(program, argv, log, ranks=1, hurt=(), status=0, cwd=REPOSITORY):
 
 
 def _child(program, argv, log, environment, hurt, cwd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in a shell's background inherit its ignoring
     torch.set_num_threads(1)
     os.chdir(cwd)
     os.environ.update(environment)

@@ -104,8 +104,20 @@ def command_of(table, row, dataset, more):
                   for corpus in dict.fromkeys(c.on for c in columns))
     names = dict.fromkeys(of.name for of in [*table.needs(base, dataset), *table.needs(row, dataset)] if of is not base)
     needed = tuple((name, dataclasses.replace(command_of(table, table.row(name), dataset, more), evals=())) for name in names)
-    return Command(table.script_path(), base.trained_on.get(dataset, dataset), (*table.words(base, dataset), *TINY, *more),
-                   evals, row.stage, needed)
+    words = once([*table.words(base, dataset), *TINY, *more])
+    return Command(table.script_path(), base.trained_on.get(dataset, dataset), words, evals, row.stage, needed)
+
+
+def once(words):
+    """A command's words, sorted by flag, without those that a later one of the same flag overrides: tables that differ in nothing
+    else then share a process."""
+    groups, flag = {}, None
+    for word in words:
+        if word.startswith("--"):
+            flag = word.removeprefix("--no-").removeprefix("--")
+            groups[flag] = []
+        groups[flag].append(word)
+    return tuple(word for flag in sorted(groups) for word in groups[flag])
 
 
 def make_corpora(folder, names):

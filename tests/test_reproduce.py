@@ -267,6 +267,11 @@ def test_the_score_of_another_rows_stage_needs_no_command(write, tmp_path):
     assert found["late", "corpus", 0]["commands"] == []
 
 
+def test_commands_that_come_to_the_same_are_one():
+    words = rowcheck.once("--steps 9 --filter --sizes 1 2 --steps 1 --no-filter".split())
+    assert words == ("--no-filter", "--sizes", "1", "2", "--steps", "1")
+
+
 def test_of_two_stages_the_later_ones_score_counts(write, tmp_path, monkeypatch):
     path, job = write(), Job("full", "corpus", 0)
     (tmp_path / "train_fake.py").write_text('STAGES = ("one", "two")')

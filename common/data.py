@@ -121,6 +121,7 @@ def _overlap(start, length, limit):
 
 
 @functools.lru_cache(maxsize=256)  # a corpus has few sizes; where a random scale makes many, the eldest go
+@torch.inference_mode(False)  # what an evaluation leaves in the cache may have a gradient behind it later
 def _coverage(size, in_size, start, cells, stride, flipped):
     """(cells, size) matrix: the share of each canvas cell that each image pixel covers, along one axis; None for the identity."""
     if (size, start, stride, flipped) == (in_size, 0, 1, False) and cells == size:
@@ -133,6 +134,7 @@ def _coverage(size, in_size, start, cells, stride, flipped):
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _bilinear(size, in_size, start, cells, canvas, flipped):
     """(size, cells) matrix that reads a row of `cells` values at the centres of the image's pixels, along one axis; or their
     slice, where each of these is the centre of a cell."""

@@ -114,7 +114,7 @@ def once(words):
     groups, flag = {}, None
     for word in words:
         if word.startswith("--"):
-            flag = word.removeprefix("--no-").removeprefix("--")
+            flag = word.split("=")[0].removeprefix("--no-").removeprefix("--")
             groups[flag] = []
         groups[flag].append(word)
     return tuple(word for flag in sorted(groups) for word in groups[flag])

@@ -190,6 +190,14 @@ def test_worker_error_keeps_its_sentence(shapes, tmp_path):
             next(data.load(dataset, data.plan_evaluation(dataset, 2), workers))
 
 
+def test_what_an_evaluation_cached_may_have_a_gradient_later():
+    frame, prob = data.Canvas(32).frame(37, 21), torch.rand(1, 8, 8, requires_grad=True)
+    with torch.inference_mode():
+        frame.prob_img(prob)
+    frame.prob_img(prob).sum().backward()
+    assert prob.grad.any()
+
+
 def test_loader_process_obeys_its_parent_alone(shapes, monkeypatch):
     """A hung one outlives the signals of others and ends with the loading."""
     dataset = open_train(shapes)

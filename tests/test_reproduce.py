@@ -268,7 +268,7 @@ def test_the_score_of_another_rows_stage_needs_no_command(write, tmp_path):
 
 
 def test_commands_that_come_to_the_same_are_one():
-    words = rowcheck.once("--steps 9 --filter --sizes 1 2 --steps 1 --no-filter".split())
+    words = rowcheck.once("--steps=9 --filter --sizes 1 2 --steps 1 --no-filter".split())
     assert words == ("--no-filter", "--sizes", "1", "2", "--steps", "1")
 
 

@@ -191,7 +191,7 @@ def test_worker_error_keeps_its_sentence(shapes, tmp_path):
 
 
 def test_what_an_evaluation_cached_may_have_a_gradient_later():
-    frame, prob = data.Canvas(32).frame(37, 21), torch.rand(1, 8, 8, requires_grad=True)
+    frame, prob = data.Canvas(32).frame(37, 21), torch.rand(1, 8, 8, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
         frame.prob_img(prob)
     frame.prob_img(prob).sum().backward()
